@@ -1,0 +1,108 @@
+"The CPU kernels in processes, threads and odd installations: what the notebook cannot hold."
+import multiprocessing as mp
+import os, shutil, subprocess, sys, threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from localmamba.kernels import cpu
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(cpu.reason() is not None, reason=str(cpu.reason()))
+
+def case(seed=0, Bt=4, K=2, T=64, D=144, N=16):
+    g = torch.Generator().manual_seed(seed)
+    def r(*shape): return torch.randn(*shape, generator=g)
+    order = torch.stack([torch.randperm(T, generator=g) for _ in range(K)])
+    return [r(Bt, T, D), r(Bt, K, T, D), -r(K, D, N).abs() - .1, r(Bt, K, T, N), r(Bt, K, T, N), r(K, D), r(Bt, T, D), r(K, D), order, True, False]
+
+def gradients(seed=0):
+    args = case(seed)
+    y, last, saved = cpu.scan_forward(*args)
+    return [y, last, *cpu.scan_backward(torch.ones_like(y), torch.ones_like(last), *args, saved)]
+
+def equal(xs, ys): return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+
+def run(code, **env):
+    "Run a snippet in a new process; returns its output."
+    done = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': str(ROOT), **env}, capture_output=True,
+                          text=True, timeout=180, cwd=Path(sys.executable).parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+def test_same_bits_for_any_number_of_threads():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1); one = gradients()
+        torch.set_num_threads(2); two = gradients()
+    finally: torch.set_num_threads(before)
+    assert equal(one, two)
+
+def _child(queue, args):
+    # PyTorch's own OpenMP loops hang in a forked child; the kernels, with their helpers, must not.
+    out = [cpu.scan_forward(*args)[0].numpy()]
+    torch.set_num_threads(1)
+    queue.put(out + [x.numpy() for x in gradients()])
+
+def test_fork_after_use():
+    args = case()
+    want = [cpu.scan_forward(*args)[0]] + gradients()
+    context = mp.get_context('fork')
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(queue, args), daemon=True)
+    child.start()
+    got = [torch.from_numpy(x) for x in queue.get(timeout=60)]
+    child.join(20)
+    assert child.exitcode == 0 and equal(want, got)
+
+def test_python_threads():
+    want, got = [gradients(i) for i in range(4)], [None] * 4
+    def work(i):
+        for _ in range(5): got[i] = gradients(i)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join(120)
+    assert all(equal(a, b) for a, b in zip(want, got))
+
+class Scans(torch.utils.data.Dataset):
+    def __len__(self): return 4
+    def __getitem__(self, i): return cpu.scan_forward(*case(i))[0]
+
+def test_dataloader_worker():
+    want = [cpu.scan_forward(*case(i))[0] for i in range(4)]
+    loader = torch.utils.data.DataLoader(Scans(), batch_size=None, num_workers=1, multiprocessing_context='fork', timeout=60)
+    assert equal(want, list(loader))
+
+TIMED = '''
+import sys, time; sys.path.insert(0, {tests!r})
+import test_kernels_cpu as t
+start = time.perf_counter(); out = t.gradients(); print(time.perf_counter() - start)
+print(t.cpu.__file__); print(sum(t.cpu._compiled[f].stats.cache_misses.total() for f in t.cpu._compiled))
+'''
+
+def test_read_only_install_compiles_once(tmp_path):
+    "Kernels go to the user's folder when the package cannot be written; a second process loads them from there."
+    site, home = tmp_path / 'site', tmp_path / 'home'
+    shutil.copytree(ROOT / 'localmamba', site / 'localmamba', ignore=shutil.ignore_patterns('__pycache__'))
+    (site / 'localmamba' / 'kernels' / '__pycache__').touch()   # a file: no folder can be made here, not even by root
+    env = dict(PYTHONPATH=str(site), HOME=str(home), XDG_CACHE_HOME=str(home / 'cache'), PYTHONDONTWRITEBYTECODE='1')
+    (_, where, misses), second = (run(TIMED.format(tests=str(ROOT / 'tests')), **env).splitlines()[-3:] for _ in range(2))
+    assert where.startswith(str(site)) and int(misses) > 0 and list(home.rglob('*.nbc'))
+    assert int(second[2]) == 0 and float(second[0]) < 5
+
+def test_no_folder_to_write():
+    code = '''
+import warnings, torch, numba.core.caching as caching
+caching.CacheImpl._locator_classes = []
+from localmamba.kernels import cpu
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter('always')
+    cpu._kernel(cpu._conv_forward)
+print([str(w.message) for w in seen])
+'''
+    assert 'NUMBA_CACHE_DIR' in run(code)
+
+def test_without_numba():
+    out = run("import sys; sys.modules['numba'] = None\nfrom localmamba.kernels import cpu; print(cpu.reason())")
+    assert 'numba cannot be imported' in out and 'pip install numba' in out
