@@ -438,8 +438,9 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        grads = _ops.directional_conv_backward.default(dy, *ctx.saved_tensors, *ctx.rest)
-        return *(None if x is None else g for g, x in zip(grads, ctx.saved_tensors)), None, None
+        inputs = ctx.saved_tensors
+        grads = _ops.directional_conv_backward.default(dy, *inputs, *ctx.rest)
+        return *(None if x is None else g for g, x in zip(grads, inputs)), None, None
 
 # %% ../nbs/01_ssm.ipynb #a6002a4b
 class _Once(torch.autograd.Function):

@@ -221,15 +221,17 @@ class Progress(Callback):
         label: str = '', # what is trained
     ):
         self.label = label
-    def before_fit(self):
-        self.line = StatusLine()
-        self.line.update(status(self.label, None, f'epoch {self.first_epoch}/{self.n_epoch}'))
+    def before_fit(self): self.line = None
+    def before_train(self):
+        if self.line is None:
+            self.line = StatusLine()
+            self.line.update(status(self.label, None, f'epoch {self.first_epoch}/{self.n_epoch}'))
     def after_batch(self):
         if not (self.training and self.record.active): return
         row, where = self.record.last_row, f'epoch {self.epoch}/{self.n_epoch}, step {self.iter + 1}/{self.n_iter}'
         self.line.update(status(self.label, row, where))
     def after_fit(self):
-        self.line.update(status(self.label, self.record.last_row, f'{self.n_epoch} epochs'), last=True)
+        if self.line: self.line.update(status(self.label, self.record.last_row, f'{self.n_epoch} epochs'), last=True)
 
 # %% ../nbs/10_train.ipynb #8cf890fa
 class Record(Callback):
@@ -245,8 +247,8 @@ class Record(Callback):
     @property
     def history(self): return pd.DataFrame(self.rows)
 
-    def before_fit(self): self.active, self.began = True, time.perf_counter() - self.seconds
-    def before_train(self): self.train_sum, self.train_n = 0., 0
+    def before_fit(self): self.active, self.began = False, time.perf_counter() - self.seconds
+    def before_train(self): self.active, self.train_sum, self.train_n = True, 0., 0
     def before_validate(self): self.valid_sum, self.correct, self.valid_n = 0., 0, 0
     def after_batch(self):
         if not self.active: return
@@ -267,7 +269,7 @@ class Record(Callback):
                                 f'last good checkpoint: {self.last_good}')
         self.rows.append(row)
         if self.store is not None: self.save(row)
-    def after_fit(self): self.active = False
+        self.active = False
     def save(self, row):
         self.store.log(row)
         self.store.save_checkpoint(training_state(self.learn))
