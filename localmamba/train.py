@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_everything', 'rng_state', 'set_rng_state', 'loader_state', 'set_loader_state', 'seed_loader', 'param_groups',
            'cosine_lr', 'Schedule', 'CrossEntropy', 'LossSwitch', 'NonFiniteLoss', 'FiniteLoss', 'StatusLine', 'status',
-           'Progress', 'Record', 'training_state', 'resume', 'EpochLearner', 'learner', 'fit']
+           'OneLine', 'Record', 'training_state', 'resume', 'EpochLearner', 'learner', 'fit']
 
 # %% ../nbs/10_train.ipynb #6f15ef97
 import math, os, random, sys, time
@@ -214,13 +214,13 @@ def status(
     if row: said += [f'loss {row["train_loss"]:.3f}', f'top-1 {row["top1"]:.2f} %', f'{row["seconds"]:.0f} s']
     return ' · '.join(said)
 
-class Progress(Callback):
+class OneLine(Callback):
     "One line that says where training is"
     order = 90
     def __init__(self,
         label: str = '', # what is trained
     ):
-        self.label = label
+        self.label, self.line = label, None
     def before_fit(self): self.line = None
     def before_train(self):
         if self.line is None:
@@ -232,6 +232,10 @@ class Progress(Callback):
         self.line.update(status(self.label, row, where))
     def after_fit(self):
         if self.line: self.line.update(status(self.label, self.record.last_row, f'{self.n_epoch} epochs'), last=True)
+    def stopped(self): # fastai has no event for an exception
+        if self.line is None: return
+        where = f'stopped in epoch {self.epoch}/{self.n_epoch}, step {self.iter + 1}/{self.n_iter}'
+        self.line.update(status(self.label, self.record.last_row, where), last=True)
 
 # %% ../nbs/10_train.ipynb #8cf890fa
 class Record(Callback):
@@ -307,6 +311,10 @@ def resume(
 class EpochLearner(Learner):
     "fastai's Learner that can begin at a later epoch and run its forward pass in bfloat16"
     first_epoch, amp = 0, 'none'
+    def __call__(self, event_name):
+        if not isinstance(event_name, str) or event_name == 'after_fit': return super().__call__(event_name)
+        concerned = [cb for cb in self.cbs if hasattr(type(cb), event_name) or event_name in vars(cb)]
+        for cb in sorted(concerned, key=lambda cb: cb.order): cb(event_name)
     def _precision(self, enabled):
         if self.amp == 'none': return nullcontext()
         return torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16, enabled=enabled)
@@ -345,7 +353,7 @@ def learner(
         return OptimWrapper(opt=torch.optim.AdamW(param_groups(model, weight_decay, rule), lr, betas, fused=fused))
     train_loss, valid_loss = CrossEntropy(label_smoothing), CrossEntropy()
     own = [Schedule(lr, warmup_epochs, min_lr), LossSwitch(train_loss, valid_loss), FiniteLoss(), Record(run),
-           Progress(label)]
+           OneLine(label)]
     if grad_clip: own.append(GradientClip(grad_clip))
     learn = EpochLearner(dls, model, train_loss, adamw, lr, cbs=own + list(cbs), wd_bn_bias=True, train_bn=False)
     learn.remove_cbs(ProgressCallback)
@@ -379,7 +387,10 @@ def fit(
     if run is not None:
         state = run.start().load_checkpoint()
         if state is not None: resume(learn, state, run.history)
-    learn.fit(epochs)
+    try: learn.fit(epochs)
+    except BaseException:
+        learn.one_line.stopped()
+        raise
     last = learn.record.last_row
     metrics = {name: last[name] for name in ('top1', 'valid_loss', 'train_loss', 'seconds')} | (facts or {})
     if run is not None: run.finish(metrics)

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
-from localmamba.runs import (Run, check_parameters, collect, compare_parameters, environment, read_csv, read_json,
+from localmamba.runs import (Run, collect, compare_parameters, environment, read_csv, read_json,
                              run_name, summarise, write_csv, write_json)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -280,8 +279,8 @@ def clean(path, settings):
 
 
 def papermill(path, *args):
-    command = [sys.executable, '-m', 'papermill', str(path), str(path.with_name('done.ipynb')), '--no-progress-bar', *args]
-    return subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
+    command = [sys.executable, '-m', 'papermill', str(path), str(path.with_name('done.ipynb')), '--no-progress-bar']
+    return subprocess.run([*command, *args], cwd=path.parent, capture_output=True, text=True)
 
 
 def test_cleaned_notebook_honours_p(tmp_path):
