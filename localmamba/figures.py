@@ -7,6 +7,7 @@ __all__ = ['QUOTED', 'scan_path', 'plot_scan', 'scan_legend', 'plot_scans', 'plo
            'show_table', 'save_figure']
 
 # %% ../nbs/14_figures.ipynb #0f7ec560
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
 from .runs import whole_file
 from .scan import DIRECTIONS, parse_direction, scan_order
 
@@ -83,7 +85,8 @@ def plot_scan(
     _draw_path(ax, rows, columns, outside, line_width)
     if numbers:
         for step, (r, c) in enumerate(zip(rows, columns)):
-            ax.text(c - .46, r - .44, step, fontsize=6, ha='left', va='top', color='.25')
+            ax.text(c - .46, r - .44, step, fontsize=6, ha='left', va='top', color='.25',
+                    path_effects=[withStroke(linewidth=1.5, foreground='white')], zorder=4)
     ax.set(xlim=(-.7, columns.max() + .7), ylim=(rows.max() + .7, -.7), aspect='equal', title=direction)
     ax.axis('off')
     return ax
@@ -91,12 +94,12 @@ def plot_scan(
 # %% ../nbs/14_figures.ipynb #d1b84b60
 def scan_legend(padded: bool) -> list: # legend handles
     "What the marks of a scan picture mean"
-    line = dict(color=plt.get_cmap('viridis')(.3))
-    handles = [Line2D([], [], marker='o', ls='none', label='first step', **line),
-               Line2D([], [], marker='s', ls='none', color=plt.get_cmap('viridis')(.88), label='last step'),
+    dark, light = plt.get_cmap('viridis')([0, .88])
+    handles = [Line2D([], [], marker='o', ls='none', color=dark, label='first step'),
+               Line2D([], [], marker='s', ls='none', color=light, label='last step'),
                Line2D([], [], lw=1.1, color='.35', label='window')]
     if padded: handles += [Patch(fc='none', ec='.75', hatch='////', lw=0, label='padding'),
-                           Line2D([], [], ls=':', lw=1.8, label='step through padding', **line)]
+                           Line2D([], [], ls=':', lw=1.8, color=dark, label='step through padding')]
     return handles
 
 def plot_scans(
@@ -119,6 +122,9 @@ def plot_scans(
     for direction, ax in zip(directions, axes.flat):
         plot_scan(direction, height, width, padding, ax, numbers, line_width=1.8 if max(height, width) <= 8 else 1.1)
         ax.title.set_fontsize(9)
+    shown = axes.flat[:len(directions)]
+    right, down = max(ax.get_xlim()[1] for ax in shown), max(ax.get_ylim()[0] for ax in shown)
+    for ax in shown: ax.set(xlim=(-.7, right), ylim=(down, -.7))
     padded = any((scan_order(d, height, width, padding) < 0).any() for d in directions)
     fig.legend(handles=scan_legend(padded), loc='outside lower center', ncols=5, fontsize=8, frameon=False)
     plt.close(fig)
@@ -129,6 +135,14 @@ def _check_columns(frame, *names):
     for name in names:
         if name is not None and name not in frame:
             raise ValueError(f'{name!r} is not a column; allowed: {", ".join(map(str, frame.columns))}')
+
+@contextmanager
+def _fixed_random():
+    "seaborn draws jitter from numpy's global generator: the same picture each time, and nobody else's numbers changed"
+    state = np.random.get_state()
+    np.random.seed(0)
+    try: yield
+    finally: np.random.set_state(state)
 
 def plot_rows(
     frame: pd.DataFrame, # one line a run
@@ -149,8 +163,9 @@ def plot_rows(
         ax.vlines(values.mean(), i - .3, i + .3, color='.2', lw=2.2, zorder=2)
         if len(values) > 1:
             ax.errorbar(values.mean(), i, xerr=values.std(ddof=1), color='.45', lw=1.3, capsize=3, zorder=1)
-    sns.stripplot(frame, x=x, y=y, order=order, hue=y, hue_order=order, palette='colorblind', jitter=.16, size=7,
-                  edgecolor='white', linewidth=.7, legend=False, ax=ax, zorder=3)
+    with _fixed_random():
+        sns.stripplot(frame, x=x, y=y, order=order, hue=y, hue_order=order, palette='colorblind', jitter=.16, size=7,
+                      edgecolor='white', linewidth=.7, legend=False, ax=ax, zorder=3)
     for text, value in (reference or {}).items():
         ax.axvline(value, color='.5', ls='--', lw=1, zorder=0)
         ax.annotate(text, (value, 1), xycoords=('data', 'axes fraction'), fontsize=8, ha='center', va='bottom')
