@@ -91,6 +91,41 @@ def test_read_only_install_compiles_once(tmp_path):
     assert where.startswith(str(site)) and int(misses) > 0 and list(home.rglob('*.nbc'))
     assert int(second[2]) == 0 and float(second[0]) < 5
 
+PEAK = """
+import sys, torch; sys.path.insert(0, {tests!r})
+import test_kernels_cpu as t
+def status(field):
+    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(field)) * 1024
+t.gradients()
+torch.manual_seed(0)
+B, D, L, N = 32, 384, 196, 16
+u, delta, z, dy, y, du, ddelta, dz = (torch.randn(B, 1, L, D) for _ in range(8))   # the outputs' size, freed just before
+args = [u, delta, -torch.rand(1, D, N), torch.randn(B, 1, L, N), torch.randn(B, 1, L, N), None, z, None, torch.arange(L)[None], True, True]
+size = u.numel() * 4
+del y, du, ddelta, dz
+before = status('VmRSS')
+open('/proc/self/clear_refs', 'w').write('5')
+y, last, saved = t.cpu.scan_forward(*args)
+grads = t.cpu.scan_backward(dy, None, *args, saved)
+print((status('VmHWM') - before - 4 * size) / (4 * B * D * L * N))
+"""
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='reads the peak of memory from /proc')
+def test_peak_memory():
+    "Beyond inputs and outputs: less than a fifth of one (batch, channels, length, state) tensor."
+    share = float(run(PEAK.format(tests=str(ROOT / 'tests')), MALLOC_MMAP_THRESHOLD_='65536').splitlines()[-1])
+    assert share < .2, share
+
+def test_leaves_denormals_as_they_were():
+    gradients()
+    assert (torch.tensor([1e-39]) * 1.0).item() > 0
+
+def test_nan_is_not_swallowed():
+    for i in range(8):
+        args = case()
+        args[i] = args[i].clone(); args[i].view(-1)[5] = float('nan')
+        assert cpu.scan_forward(*args)[0].isnan().any(), i
+
 def test_no_folder_to_write():
     code = '''
 import warnings, torch, numba.core.caching as caching

@@ -6,18 +6,20 @@
 __all__ = ['WIDTH', 'VB', 'vec', 'CHUNK', 'GROUP', 'TASK', 'TASKS', 'BATCH', 'DIRECTIONS', 'STEPS', 'CHANNELS', 'STATES',
            'PADDED', 'CHUNKS', 'VECTORS', 'GROUPS', 'ALONG', 'SOFTPLUS', 'CONST_B', 'CONST_C', 'ORDER', 'SAVED', 'U',
            'DELTA', 'A', 'B', 'C', 'SKIP', 'Z', 'BIAS', 'Y', 'DY', 'DU', 'DDELTA', 'DA', 'DB', 'DC', 'DSKIP', 'DZ',
-           'DBIAS', 'DLAST', 'FIELDS', 'CONV_STEPS', 'TAPS', 'WEIGHT', 'X', 'DX', 'DWEIGHT', 'reason', 'Vec',
-           'VecModel', 'load', 'store', 'splat', 'load1', 'store1', 'store_index', 'load_index', 'load_part',
-           'store_part', 'fma', 'vmax', 'vmin', 'vabs', 'hmax', 'hsum', 'where_positive', 'next_task', 'times_two_to',
-           'exp2_product', 'clamp', 'exp', 'softplus', 'sigmoid', 'at', 'read', 'write', 'pack_lanes', 'unpack_lanes',
-           'row_of', 'pack_steps', 'spread_steps', 'decay', 'value', 'walk', 'step_inputs', 'row_of_channels',
-           'prepare', 'finish', 'slot', 'largest_of', 'scratch_for_group', 'general_inputs', 'place', 'lanes_of',
-           'pack_a', 'in_range', 'rewalk', 'accumulate', 'walk_back', 'prepare_back', 'finish_back', 'write_steps',
-           'clear', 'start_gradients', 'write_channels', 'saved_shape', 'scan_forward', 'scan_backward', 'tap_rows',
-           'tap_sum', 'conv_gather', 'conv_scatter', 'conv_forward', 'conv_backward']
+           'DBIAS', 'LAST', 'DLAST', 'CONSTANTS', 'FIELDS', 'DT', 'DTU', 'OUT', 'INPUT', 'GRAD', 'SLOPE', 'GATE',
+           'SUM_WA', 'SUM_GB', 'DECAYS', 'HIDDEN', 'ROWS', 'TOKENS', 'ZEROS', 'CONV_STEPS', 'TAPS', 'WEIGHT', 'X', 'DX',
+           'DWEIGHT', 'reason', 'Vec', 'VecModel', 'load', 'store', 'splat', 'load1', 'store1', 'store_index',
+           'load_index', 'load_part', 'gather', 'store_part', 'fma', 'vmax', 'vmin', 'vabs', 'hmax', 'lane_sums',
+           'where_positive', 'next_task', 'times_two_to', 'flush_denormals', 'restore', 'exp2_product', 'clamp', 'exp',
+           'softplus_of', 'sigmoid_of', 'exp_minus', 'softplus', 'sigmoid', 'at', 'read', 'channels', 'read_row',
+           'write', 'constants', 'clear', 'layout', 'chunk_rows', 'pack_lanes', 'unpack_lanes', 'pack_steps', 'decay',
+           'value', 'walk', 'row_of_channels', 'prepare', 'finish', 'in_range', 'general_inputs', 'slot', 'place',
+           'lanes_of', 'pack_group', 'rewalk', 'accumulate', 'walk_back', 'prepare_back', 'finish_back', 'write_steps',
+           'unpack_gradient', 'write_channels', 'chunk_back', 'saved_shape', 'scan_forward', 'scan_backward',
+           'tap_rows', 'tap_sum', 'conv_gather', 'conv_scatter', 'conv_forward', 'conv_backward']
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #cdcbe32b
-import inspect, math, operator, os, threading, warnings
+import inspect, math, operator, os, platform, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -91,8 +93,7 @@ def _binary(op, name):
     @lower_builtin(op, Vec, Vec)
     def lower(cg, builder, sig, args): return getattr(builder, name)(*args, flags=('contract',))
 
-for _symbol, _name in ((operator.add, 'fadd'), (operator.sub, 'fsub'), (operator.mul, 'fmul'), (operator.truediv, 'fdiv')):
-    _binary(_symbol, _name)
+for _name in ('add', 'sub', 'mul', 'truediv'): _binary(getattr(operator, _name), 'f' + _name.removeprefix('true'))
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #98470f03
 def _call(builder, name, result, *args):
@@ -138,8 +139,18 @@ def _mask(builder, lanes):
 
 @_op(_i64, _i64)
 def load_part(builder, p, lanes):
-    args = (_pointer(builder, p, _VECTOR), ir.Constant(ir.IntType(32), 4), _mask(builder, lanes), ir.Constant(_VECTOR, [0.0] * WIDTH))
+    align, zeros = ir.Constant(ir.IntType(32), 4), ir.Constant(_VECTOR, [0.0] * WIDTH)
+    args = (_pointer(builder, p, _VECTOR), align, _mask(builder, lanes), zeros)
     return _call(builder, f'llvm.masked.load.v{WIDTH}f32.p0', _VECTOR, *args)
+
+@_op(_i64, _i64, _i64)
+def gather(builder, p, stride, lanes):
+    "Lanes that lie `stride` bytes apart."
+    wide = ir.VectorType(ir.IntType(64), WIDTH)
+    steps = builder.mul(_splat(builder, stride), ir.Constant(wide, list(range(WIDTH))))
+    many = builder.inttoptr(builder.add(_splat(builder, p), steps), ir.VectorType(ir.FloatType().as_pointer(), WIDTH))
+    args = (many, ir.Constant(ir.IntType(32), 4), _mask(builder, lanes), ir.Constant(_VECTOR, [0.0] * WIDTH))
+    return _call(builder, f'llvm.masked.gather.v{WIDTH}f32.v{WIDTH}p0', _VECTOR, *args)
 
 @_op(_i64, vec, _i64, result=_none)
 def store_part(builder, p, v, lanes):
@@ -162,15 +173,16 @@ def vabs(builder, a): return _call(builder, f'llvm.fabs.v{WIDTH}f32', _VECTOR, a
 @_op(vec, result=_f32)
 def hmax(builder, a): return _call(builder, f'llvm.vector.reduce.fmax.v{WIDTH}f32', ir.FloatType(), a)
 
-@_op(vec, result=_f32)
-def hsum(builder, a):
-    "Sum of the lanes: halves are added until one lane is left, always in the same order."
-    width = WIDTH
-    while width > 1:
-        width //= 2
-        low, high = (ir.Constant(ir.VectorType(ir.IntType(32), width), [i + s for i in range(width)]) for s in (0, width))
-        a = builder.fadd(builder.shuffle_vector(a, a, low), builder.shuffle_vector(a, a, high))
-    return builder.extract_element(a, ir.Constant(ir.IntType(32), 0))
+@_op(_i64)
+def lane_sums(builder, p):
+    "Lane i is the sum of the lanes of the i-th of WIDTH adjacent vectors: neighbours are added until one is left."
+    even, odd = (ir.Constant(_INTS, list(range(s, 2 * WIDTH, 2))) for s in (0, 1))
+    first = _pointer(builder, p, _VECTOR)
+    x = [builder.load(builder.gep(first, [ir.Constant(ir.IntType(32), i)]), align=4) for i in range(WIDTH)]
+    while len(x) > 1:
+        pairs = zip(x[::2], x[1::2])
+        x = [builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd)) for a, b in pairs]
+    return x[0]
 
 @_op(vec, vec, vec)
 def where_positive(builder, x, a, b):
@@ -189,9 +201,31 @@ def times_two_to(builder, p, t):
     n = builder.shl(builder.bitcast(t, _INTS), ir.Constant(_INTS, [23] * WIDTH))
     return builder.bitcast(builder.add(builder.bitcast(p, _INTS), n), _VECTOR)
 
+# %% ../../nbs/01a_ssm_cpu.ipynb #d0453309
+_X86 = platform.machine().lower() in ('x86_64', 'amd64')
+
+@_op(result=_i64)
+def flush_denormals(builder):
+    "Set flush-to-zero and denormals-are-zero; returns the control word to be restored. Nothing on other processors."
+    if not _X86: return ir.Constant(ir.IntType(64), 0)
+    place = builder.alloca(ir.IntType(32))
+    _call(builder, 'llvm.x86.sse.stmxcsr', ir.VoidType(), place)
+    old = builder.load(place)
+    builder.store(builder.or_(old, ir.Constant(ir.IntType(32), 0x8040)), place)
+    _call(builder, 'llvm.x86.sse.ldmxcsr', ir.VoidType(), place)
+    return builder.zext(old, ir.IntType(64))
+
+@_op(_i64, result=_none)
+def restore(builder, old):
+    if not _X86: return
+    place = builder.alloca(ir.IntType(32))
+    builder.store(builder.trunc(old, ir.IntType(32)), place)
+    _call(builder, 'llvm.x86.sse.ldmxcsr', ir.VoidType(), place)
+
 # %% ../../nbs/01a_ssm_cpu.ipynb #89e90ab8
 _EXP2 = (1.0, 0.6931469845, 0.2402224230, 0.0555073354, 0.0096715126, 0.0013264696)
-_LOG1P = (1.0, -0.4999964763, 0.3332132254, -0.2485716306, 0.1915365299, -0.1375379917, 0.0792045017, -0.0300657677, 0.0053648151)
+_LOG1P = (1.0, -0.4999964763, 0.3332132254, -0.2485716306, 0.1915365299, -0.1375379917, 0.0792045017, -0.0300657677,
+          0.0053648151)
 _MAGIC, _LOG2E, _LOG2E_LOW, _LN2 = 12582912.0, 1.44269502162933349609375, 1.925963033500711e-8, math.log(2)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #f1dd05c9
@@ -200,13 +234,11 @@ def _jit(f):
     return numba.njit(forceinline=True)(f)
 
 @_jit
-def exp2_product(x, a):
-    "2**(x*a) for |x*a| < 126."
-    t = fma(x, a, splat(_MAGIC))
-    f = fma(x, a, splat(_MAGIC) - t)
-    p = fma(splat(_EXP2[5]), f, splat(_EXP2[4]))
-    p = fma(fma(fma(fma(p, f, splat(_EXP2[3])), f, splat(_EXP2[2])), f, splat(_EXP2[1])), f, splat(1.0))
-    return times_two_to(p, t)
+def exp2_product(x, a, q):
+    "2**(x*a) for |x*a| < 126; q holds the magic number and the six coefficients."
+    t = fma(x, a, q[0])
+    f = fma(x, a, q[0] - t)
+    return times_two_to(fma(fma(fma(fma(fma(q[6], f, q[5]), f, q[4]), f, q[3]), f, q[2]), f, q[1]), t)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #d8c03fc9
 @_jit
@@ -224,173 +256,212 @@ def exp(x):
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #acf4d3a9
 @_jit
-def softplus(x):
-    y = exp(splat(0.0) - vabs(x))
+def softplus_of(x, y):
+    "softplus(x) from y = exp(-|x|)."
     p = fma(splat(_LOG1P[8]), y, splat(_LOG1P[7]))
     p = fma(fma(fma(p, y, splat(_LOG1P[6])), y, splat(_LOG1P[5])), y, splat(_LOG1P[4]))
     p = fma(fma(fma(fma(p, y, splat(_LOG1P[3])), y, splat(_LOG1P[2])), y, splat(_LOG1P[1])), y, splat(_LOG1P[0]))
     return fma(p, y, vmax(splat(0.0), x))
 
 @_jit
-def sigmoid(x):
-    y = exp(splat(0.0) - vabs(x))
+def sigmoid_of(x, y):
+    "sigmoid(x) from y = exp(-|x|)."
     return where_positive(x, splat(1.0), y) / (splat(1.0) + y)
 
+@_jit
+def exp_minus(x): return exp(splat(0.0) - vabs(x))
+
+@_jit
+def softplus(x): return softplus_of(x, exp_minus(x))
+
+@_jit
+def sigmoid(x): return sigmoid_of(x, exp_minus(x))
+
 # %% ../../nbs/01a_ssm_cpu.ipynb #65fb6c0d
-CHUNK, GROUP = 16, 8   # steps of a chunk, vectors of channels of a task
-(TASK, TASKS, BATCH, DIRECTIONS, STEPS, CHANNELS, STATES, PADDED, CHUNKS, VECTORS, GROUPS, ALONG, SOFTPLUS, CONST_B, CONST_C,
- ORDER, SAVED) = range(17)
-U, DELTA, A, B, C, SKIP, Z, BIAS, Y, DY, DU, DDELTA, DA, DB, DC, DSKIP, DZ, DBIAS, DLAST = range(17, 17 + 19 * 5, 5)
-FIELDS = 17 + 19 * 5
+CHUNK, GROUP = 14, 8   # steps of a chunk, vectors of channels of a task
+(TASK, TASKS, BATCH, DIRECTIONS, STEPS, CHANNELS, STATES, PADDED, CHUNKS, VECTORS, GROUPS, ALONG, SOFTPLUS,
+ CONST_B, CONST_C, ORDER, SAVED) = range(17)
+(U, DELTA, A, B, C, SKIP, Z, BIAS, Y, DY, DU, DDELTA, DA, DB, DC, DSKIP, DZ, DBIAS, LAST, DLAST,
+ CONSTANTS) = range(17, 17 + 21 * 5, 5)
+_CONSTANTS = np.array([_MAGIC, *_EXP2, 0], np.float32).view(np.int64).tolist()
+FIELDS = CONSTANTS + len(_CONSTANTS)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #315da7c1
 @_jit
 def at(m, field, b, k):
-    "Address of the first row of image b, direction k; each tensor holds five numbers: address, and strides of its four axes in bytes."
+    "Address of the first row of image b, direction k."
     return m[field] + b * m[field + 1] + k * m[field + 2]
 
 @_jit
-def read(p, lanes): return load(p) if lanes == WIDTH else load_part(p, lanes)
+def read(p, lanes):   # with AVX-512 a mask costs nothing
+    return load(p) if WIDTH < 16 and lanes == WIDTH else load_part(p, lanes)
+
+@_jit
+def channels(m, field, b, k, d):
+    "Address of channel d of the first row, the step to the next row, and the step to the next channel."
+    return at(m, field, b, k) + d * m[field + 4], m[field + 3], m[field + 4]
+
+@_jit
+def read_row(x, row, lanes):
+    "A vector of channels of one row; x from `channels`."
+    return read(x[0] + row * x[1], lanes) if x[2] == 4 else gather(x[0] + row * x[1], x[2], lanes)
 
 @_jit
 def write(p, v, lanes):
-    if lanes == WIDTH: store(p, v)
+    if WIDTH < 16 and lanes == WIDTH: store(p, v)
     else: store_part(p, v, lanes)
 
+@_jit
+def constants(m):
+    "Magic number and polynomial of the exponential as vectors."
+    p = m.ctypes.data + 8 * CONSTANTS
+    return (splat(load1(p)), splat(load1(p + 4)), splat(load1(p + 8)), splat(load1(p + 12)), splat(load1(p + 16)),
+            splat(load1(p + 20)), splat(load1(p + 24)))
+
 # %% ../../nbs/01a_ssm_cpu.ipynb #74b13352
+def _offsets(*sizes): return [int(x) * VB for x in np.cumsum((0,) + sizes)]
+
+(DT, DTU, OUT, INPUT, GRAD, SLOPE, GATE, SUM_WA, SUM_GB, DECAYS, HIDDEN, ROWS, TOKENS, ZEROS) = _offsets(
+    *[CHUNK] * 9, 2 * CHUNK, 2 * CHUNK + 2, -(-8 * CHUNK // VB), -(-8 * CHUNK // VB))   # zeros last: N vectors
+
+# %% ../../nbs/01a_ssm_cpu.ipynb #1d477e51
+@_jit
+def clear(p, count):
+    for i in range(count): store(p + i * VB, splat(0.0))
+
+@_jit
+def layout(m, scratch):
+    "Addresses of the chunk's buffers, A of the group, B and C of the chunk as scalars and as vectors, and the rest."
+    padded = m[PADDED]
+    s = (scratch.ctypes.data + VB - 1) // VB * VB
+    a = s + ZEROS + padded * VB
+    b = a + GROUP * padded * VB
+    c = b + (padded * CHUNK // WIDTH + 1) * VB
+    wide_b = c + (padded * CHUNK // WIDTH + 1) * VB
+    wide_c = wide_b + padded * CHUNK * VB
+    clear(s + ZEROS, padded)
+    clear(b, (wide_b - b) // VB)
+    return s, a, b, c, wide_b, wide_c, wide_c + padded * CHUNK * VB
+
+@_jit
+def chunk_rows(m, k, start, steps, s):
+    "Of each step: its row in u, delta, B and C, and its token in y and z; -1 for none."
+    for t in range(steps):
+        token = load_index(m[ORDER] + 8 * (k * m[STEPS] + start + t))
+        store_index(s + TOKENS + 8 * t, token)
+        store_index(s + ROWS + 8 * t, start + t if m[ALONG] else token)
+
+# %% ../../nbs/01a_ssm_cpu.ipynb #e0c77747
 @_jit
 def pack_lanes(source, stride, stride_n, lanes, states, padded, scale, out):
     "(lane, state) values of any stride -> `padded` vectors, zero elsewhere."
-    for n in range(padded):
-        store(out + n * VB, splat(0.0))
-        if n < states:
-            for i in range(lanes):
-                store1(out + n * VB + 4 * i, np.float32(load1(source + i * stride + n * stride_n) * np.float32(scale)))
+    clear(out, padded)
+    for n in range(states):
+        for i in range(lanes):
+            store1(out + n * VB + 4 * i, np.float32(load1(source + i * stride + n * stride_n) * np.float32(scale)))
 
 @_jit
 def unpack_lanes(source, lanes, states, out, stride, stride_n):
     "The way back."
-    for n in range(states):
-        for i in range(lanes): store1(out + i * stride + n * stride_n, load1(source + n * VB + 4 * i))
-
-# %% ../../nbs/01a_ssm_cpu.ipynb #1d477e51
-@_jit
-def row_of(m, k, t):
-    "Row of u, delta, B, C at step t, -1 for none."
-    return t if m[ALONG] else load_index(m[ORDER] + 8 * (k * m[STEPS] + t))
+    for i in range(lanes):
+        for n in range(states): store1(out + i * stride + n * stride_n, load1(source + n * VB + 4 * i))
 
 @_jit
-def pack_steps(m, field, b, k, start, steps, out):
-    "The chunk's rows of B or C -> (state, step) scalars."
-    source, stride, stride_n = at(m, field, b, k), m[field + 3], m[field + 4]
+def pack_steps(m, field, b, k, steps, s, out):
+    "The chunk's rows of B or C -> (step, state) scalars."
+    source, stride, stride_n, states = at(m, field, b, k), m[field + 3], m[field + 4], m[STATES]
     for t in range(steps):
-        row = row_of(m, k, start + t)
-        for n in range(m[PADDED]):
-            x = np.float32(0.0)
-            if row >= 0 and n < m[STATES]: x = load1(source + row * stride + n * stride_n)
-            store1(out + 4 * (n * CHUNK + t), x)
-
-@_jit
-def spread_steps(values, padded, out):
-    "(state, step) scalars -> vectors, each value in every lane."
-    for i in range(padded * CHUNK): store(out + i * VB, splat(load1(values + 4 * i)))
-
-# %% ../../nbs/01a_ssm_cpu.ipynb #e0c77747
-@_jit
-def decay(general, x, a): return exp2_product(x, a) if general is None else exp2_product(clamp(x * a, 126.0), splat(1.0))
-
-@_jit
-def value(general, p, n, t, step):
-    if general is None: return splat(load1(p + 4 * (n * CHUNK + t)))
-    else: return load(p + n * (CHUNK * VB if step else VB) + t * step)
-
-@_jit
-def walk(general, states, steps, a, b, step_b, c, step_c, dt, dtu, y, h_in, h_out):
-    "Two states at a time, `steps` steps: h = exp(dt A) h + B dt u; y += C h."
-    for n in range(0, states, 2):
-        a0, a1, h0, h1 = load(a + n * VB), load(a + n * VB + VB), load(h_in + n * VB), load(h_in + n * VB + VB)
-        for t in range(steps):
-            x, xu = load(dt + t * VB), load(dtu + t * VB)
-            h0 = fma(decay(general, x, a0), h0, value(general, b, n, t, step_b) * xu)
-            h1 = fma(decay(general, x, a1), h1, value(general, b, n + 1, t, step_b) * xu)
-            out = fma(value(general, c, n, t, step_c), h0, load(y + t * VB))
-            store(y + t * VB, fma(value(general, c, n + 1, t, step_c), h1, out))
-        store(h_out + n * VB, h0)
-        store(h_out + n * VB + VB, h1)
+        row, p = load_index(s + ROWS + 8 * t), out + 4 * t * m[PADDED]
+        if stride_n == 4 or row < 0:
+            for n in range(0, states, WIDTH):
+                lanes, x = min(WIDTH, states - n), splat(0.0)
+                if row >= 0: x = load_part(source + row * stride + 4 * n, lanes)
+                store_part(p + 4 * n, x, lanes)
+        else:
+            for n in range(states): store1(p + 4 * n, load1(source + row * stride + n * stride_n))
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #52974e0b
 @_jit
-def step_inputs(m, b, k, t, d, lanes, bias):
-    "u and raw delta + bias of one step; a padding step has u = 0 and raw delta = 0."
-    row, u, raw = row_of(m, k, t), splat(0.0), bias
-    if row >= 0:
-        u = read(at(m, U, b, k) + row * m[U + 3] + 4 * d, lanes)
-        raw = raw + read(at(m, DELTA, b, k) + row * m[DELTA + 3] + 4 * d, lanes)
-    return u, raw
+def decay(general, x, a, q):
+    if general is None: return exp2_product(x, a, q)
+    else: return exp2_product(clamp(x * a, 126.0), splat(1.0), q)
 
+@_jit
+def value(general, p, n): return splat(load1(p + 4 * n)) if general is None else load(p + n * VB)
+
+@_jit
+def walk(general, m, steps, s, a, b, step_b, c, step_c, h_in, h_out):
+    "Two states at a time, `steps` steps: h = exp(dt A) h + B dt u; y += C h."
+    q = constants(m)
+    for n in range(0, m[PADDED], 2):
+        a0, a1, h0, h1 = load(a + n * VB), load(a + n * VB + VB), load(h_in + n * VB), load(h_in + n * VB + VB)
+        for t in range(steps):
+            p = s + t * VB
+            x, xu = load(p + DT), load(p + DTU)
+            h0 = fma(decay(general, x, a0, q), h0, value(general, b + t * step_b, n) * xu)
+            h1 = fma(decay(general, x, a1, q), h1, value(general, b + t * step_b, n + 1) * xu)
+            y = fma(value(general, c + t * step_c, n), h0, load(p + OUT))
+            store(p + OUT, fma(value(general, c + t * step_c, n + 1), h1, y))
+        store(h_out + n * VB, h0)
+        store(h_out + n * VB + VB, h1)
+
+# %% ../../nbs/01a_ssm_cpu.ipynb #f526b9cb
 @_jit
 def row_of_channels(m, field, k, d, lanes):
     "D or the bias of delta: zeros when there is none."
     return read(at(m, field, 0, k) + 4 * d, lanes) if m[field] else splat(0.0)
 
 @_jit
-def prepare(m, b, k, start, steps, d, lanes, dt, dtu, y):
-    "Fill dt, dt*u and D*u of a chunk; the largest |dt|."
+def prepare(m, b, k, steps, d, lanes, s):
+    "Fill dt, dt*u and D*u of a chunk; a padding step has u = 0 and raw delta = 0. Returns the largest |dt|."
     bias, skip, largest = row_of_channels(m, BIAS, k, d, lanes), row_of_channels(m, SKIP, k, d, lanes), splat(0.0)
+    us, deltas, soft = channels(m, U, b, k, d), channels(m, DELTA, b, k, d), m[SOFTPLUS]
     for t in range(steps):
-        u, raw = step_inputs(m, b, k, start + t, d, lanes, bias)
-        x = softplus(raw) if m[SOFTPLUS] else raw
-        store(dt + t * VB, x)
-        store(dtu + t * VB, x * u)
-        store(y + t * VB, skip * u)
+        row, u, x, p = load_index(s + ROWS + 8 * t), splat(0.0), bias, s + t * VB
+        if row >= 0:
+            u = read_row(us, row, lanes)
+            x = bias + read_row(deltas, row, lanes)
+        if soft: x = softplus(x)
+        store(p + DT, x)
+        store(p + DTU, x * u)
+        store(p + OUT, skip * u)
         largest = vmax(largest, vabs(x))
     return largest
 
-# %% ../../nbs/01a_ssm_cpu.ipynb #f526b9cb
 @_jit
-def finish(m, b, k, start, steps, d, lanes, y):
+def finish(m, b, k, steps, d, lanes, s):
     "Gate and write y where its tokens lie in the image."
+    zs, ys, step_y, gated = channels(m, Z, b, k, d), at(m, Y, b, k) + 4 * d, m[Y + 3], m[Z] != 0
     for t in range(steps):
-        token = load_index(m[ORDER] + 8 * (k * m[STEPS] + start + t))
+        token, y = load_index(s + TOKENS + 8 * t), load(s + OUT + t * VB)
         if token >= 0:
-            out = load(y + t * VB)
-            if m[Z]:
-                z = read(at(m, Z, b, k) + token * m[Z + 3] + 4 * d, lanes)
-                out = out * z * sigmoid(z)
-            write(at(m, Y, b, k) + token * m[Y + 3] + 4 * d, out, lanes)
-
-@_jit
-def slot(m, b, k, c, v):
-    "Address of the state of vector v after chunk c."
-    return m[SAVED] + (((b * m[DIRECTIONS] + k) * m[CHUNKS] + c) * m[VECTORS] + v) * m[PADDED] * VB
-
-@_jit
-def largest_of(p, count):
-    out = splat(0.0)
-    for i in range(count): out = vmax(out, vabs(load(p + i * VB)))
-    return out
+            if gated:
+                z = read_row(zs, token, lanes)
+                y = y * z * sigmoid(z)
+            write(ys + token * step_y, y, lanes)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #90ffb59e
 @_jit
-def scratch_for_group(m, p):
-    "Lay out the buffers shared by both kernels; returns their addresses and the first free one."
-    padded = m[PADDED]
-    a = (p + VB - 1) // VB * VB
-    b = a + GROUP * padded * VB
-    c = b + padded * CHUNK * 4
-    wide_b = c + padded * CHUNK * 4
-    wide_c = wide_b + padded * CHUNK * VB
-    zeros = wide_c + padded * CHUNK * VB
-    for n in range(padded): store(zeros + n * VB, splat(0.0))
-    return a, b, c, wide_b, wide_c, zeros, zeros + padded * VB
+def in_range(m, a, largest):
+    x = splat(0.0)
+    for n in range(m[PADDED]): x = vmax(x, vabs(load(a + n * VB)))
+    return hmax(largest * x) < 120.0
 
 @_jit
 def general_inputs(m, field, const, k, d, lanes, values, wide):
     "B or C as vectors for the general loop."
-    if const: pack_lanes(at(m, field, 0, k) + d * m[field + 3], m[field + 3], m[field + 4], lanes, m[STATES], m[PADDED], 1.0, wide)
-    else: spread_steps(values, m[PADDED], wide)
+    if const:
+        source = at(m, field, 0, k) + d * m[field + 3]
+        pack_lanes(source, m[field + 3], m[field + 4], lanes, m[STATES], m[PADDED], 1.0, wide)
+    else:
+        for i in range(m[PADDED] * CHUNK): store(wide + i * VB, splat(load1(values + 4 * i)))
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #756222c7
+@_jit
+def slot(m, b, k, chunk, v):
+    "Address of the state of vector v after a chunk."
+    return m[SAVED] + (((b * m[DIRECTIONS] + k) * m[CHUNKS] + chunk) * m[VECTORS] + v) * m[PADDED] * VB
+
 @_jit
 def place(m, task):
     "Task number -> image, direction, first vector, number of vectors."
@@ -402,221 +473,230 @@ def place(m, task):
 def lanes_of(m, v): return min(WIDTH, m[CHANNELS] - v * WIDTH)
 
 @_jit
-def pack_a(m, k, first, count, a):
+def pack_group(m, field, b, k, first, count, scale, out):
+    "The group's part of A, or of the last state's gradient."
     for i in range(count):
-        d = (first + i) * WIDTH
-        pack_lanes(at(m, A, 0, k) + d * m[A + 3], m[A + 3], m[A + 4], lanes_of(m, first + i), m[STATES], m[PADDED], _LOG2E,
-                   a + i * m[PADDED] * VB)
-
-@_jit
-def in_range(m, a, largest): return hmax(largest * largest_of(a, m[PADDED])) < 120.0
+        source = at(m, field, b, k) + (first + i) * WIDTH * m[field + 3]
+        pack_lanes(source, m[field + 3], m[field + 4], lanes_of(m, first + i), m[STATES], m[PADDED], scale,
+                   out + i * m[PADDED] * VB)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #da93525f
 def _scan_forward(m, scratch):
     "Take tasks until none is left."
-    a, bs, cs, wide_b, wide_c, zeros, dt = scratch_for_group(m, scratch.ctypes.data)
-    dtu, y, padded = dt + CHUNK * VB, dt + 2 * CHUNK * VB, m[PADDED]
-    step_b, step_c = 0 if m[CONST_B] else VB, 0 if m[CONST_C] else VB
+    old = flush_denormals()
+    s, a, bs, cs, wide_b, wide_c, _ = layout(m, scratch)
+    padded = m[PADDED]
+    step_b, step_c, const = 0 if m[CONST_B] else padded * VB, 0 if m[CONST_C] else padded * VB, m[CONST_B] or m[CONST_C]
     task = next_task(m.ctypes.data)
     while task < m[TASKS]:
         b, k, first, count = place(m, task)
-        pack_a(m, k, first, count, a)
+        pack_group(m, A, 0, k, first, count, _LOG2E, a)
         for chunk in range(m[CHUNKS]):
             start = chunk * CHUNK
             steps = min(CHUNK, m[STEPS] - start)
-            if not m[CONST_B]: pack_steps(m, B, b, k, start, steps, bs)
-            if not m[CONST_C]: pack_steps(m, C, b, k, start, steps, cs)
+            chunk_rows(m, k, start, steps, s)
+            if not m[CONST_B]: pack_steps(m, B, b, k, steps, s, bs)
+            if not m[CONST_C]: pack_steps(m, C, b, k, steps, s, cs)
             for i in range(count):
-                v, a_i = first + i, a + i * padded * VB
+                v, a_v = first + i, a + i * padded * VB
                 d, lanes = v * WIDTH, lanes_of(m, v)
-                largest = prepare(m, b, k, start, steps, d, lanes, dt, dtu, y)
-                h_in, h_out = slot(m, b, k, chunk - 1, v) if chunk else zeros, slot(m, b, k, chunk, v)
-                if in_range(m, a_i, largest) and not m[CONST_B] and not m[CONST_C]:
-                    walk(None, padded, steps, a_i, bs, 0, cs, 0, dt, dtu, y, h_in, h_out)
+                largest = prepare(m, b, k, steps, d, lanes, s)
+                h_in, h_out = slot(m, b, k, chunk - 1, v) if chunk else s + ZEROS, slot(m, b, k, chunk, v)
+                if not const and in_range(m, a_v, largest):
+                    walk(None, m, steps, s, a_v, bs, 4 * padded, cs, 4 * padded, h_in, h_out)
                 else:
                     general_inputs(m, B, m[CONST_B], k, d, lanes, bs, wide_b)
                     general_inputs(m, C, m[CONST_C], k, d, lanes, cs, wide_c)
-                    walk(True, padded, steps, a_i, wide_b, step_b, wide_c, step_c, dt, dtu, y, h_in, h_out)
-                finish(m, b, k, start, steps, d, lanes, y)
+                    walk(True, m, steps, s, a_v, wide_b, step_b, wide_c, step_c, h_in, h_out)
+                finish(m, b, k, steps, d, lanes, s)
+                if chunk == m[CHUNKS] - 1:
+                    unpack_lanes(h_out, lanes, m[STATES], at(m, LAST, b, k) + d * m[LAST + 3], m[LAST + 3], 4)
         task = next_task(m.ctypes.data)
+    restore(old)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #b284bc44
 @_jit
-def rewalk(general, n, steps, a, b, step_b, dt, dtu, h_in, e, h):
-    "The forward of two states again: e_t, and h with the state before the chunk in front."
+def rewalk(general, m, n, steps, s, a, b, step_b, h_in):
+    "The forward of two states again: e_t, and h_t with the state before the chunk in front."
+    q = constants(m)
     a0, a1, h0, h1 = load(a + n * VB), load(a + n * VB + VB), load(h_in + n * VB), load(h_in + n * VB + VB)
-    store(h, h0)
-    store(h + VB, h1)
+    store(s + HIDDEN, h0)
+    store(s + HIDDEN + VB, h1)
     for t in range(steps):
-        x, xu = load(dt + t * VB), load(dtu + t * VB)
-        e0, e1 = decay(general, x, a0), decay(general, x, a1)
-        h0 = fma(e0, h0, value(general, b, n, t, step_b) * xu)
-        h1 = fma(e1, h1, value(general, b, n + 1, t, step_b) * xu)
-        store(e + 2 * t * VB, e0)
-        store(e + (2 * t + 1) * VB, e1)
-        store(h + (2 * t + 2) * VB, h0)
-        store(h + (2 * t + 3) * VB, h1)
+        x, xu, p = load(s + DT + t * VB), load(s + DTU + t * VB), s + 2 * t * VB
+        e0, e1 = decay(general, x, a0, q), decay(general, x, a1, q)
+        h0 = fma(e0, h0, value(general, b + t * step_b, n) * xu)
+        h1 = fma(e1, h1, value(general, b + t * step_b, n + 1) * xu)
+        store(p + DECAYS, e0)
+        store(p + DECAYS + VB, e1)
+        store(p + HIDDEN + 2 * VB, h0)
+        store(p + HIDDEN + 3 * VB, h1)
 
 @_jit
 def accumulate(p, x): store(p, load(p) + x)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #bc8857f8
 @_jit
-def walk_back(general, n, steps, a, b, step_b, c, step_c, dt, dtu, gy, e, h, y, sum_wa, sum_gb, g, da, db, dc):
+def walk_back(general, gated, m, n, steps, s, a, b, step_b, c, step_c, g, da, db, step_db, dc, step_dc):
     "Gradients of two states over a chunk, last step first; wants e_t and h_t from `rewalk`."
-    a0, a1, g0, g1 = load(a + n * VB), load(a + n * VB + VB), load(g + n * VB), load(g + n * VB + VB)
-    da0, da1, h0, h1 = load(da + n * VB), load(da + n * VB + VB), load(h + 2 * steps * VB), load(h + (2 * steps + 1) * VB)
-    db_n, dc_n = db + n * (CHUNK if step_b else 1) * VB, dc + n * (CHUNK if step_c else 1) * VB
-    next_b, next_c = (CHUNK if step_b else 1) * VB, (CHUNK if step_c else 1) * VB
+    i = n * VB
+    a0, a1, g0, g1 = load(a + i), load(a + i + VB), load(g + i), load(g + i + VB)
+    da0, da1 = load(da + i), load(da + i + VB)
+    h0, h1 = load(s + HIDDEN + 2 * steps * VB), load(s + HIDDEN + (2 * steps + 1) * VB)
     for t in range(steps - 1, -1, -1):
-        gy_t, x, xu = load(gy + t * VB), load(dt + t * VB), load(dtu + t * VB)
-        c0, c1 = value(general, c, n, t, step_c), value(general, c, n + 1, t, step_c)
-        g0, g1 = fma(c0, gy_t, g0), fma(c1, gy_t, g1)
-        accumulate(dc_n + t * step_c, gy_t * h0)
-        accumulate(dc_n + next_c + t * step_c, gy_t * h1)
-        accumulate(y + t * VB, fma(c0, h0, c1 * h1))
-        accumulate(db_n + t * step_b, g0 * xu)
-        accumulate(db_n + next_b + t * step_b, g1 * xu)
-        accumulate(sum_gb + t * VB, fma(value(general, b, n, t, step_b), g0, value(general, b, n + 1, t, step_b) * g1))
-        h0, h1 = load(h + 2 * t * VB), load(h + (2 * t + 1) * VB)
-        g0, g1 = g0 * load(e + 2 * t * VB), g1 * load(e + (2 * t + 1) * VB)
+        p, p2 = s + t * VB, s + 2 * t * VB
+        gy, x, xu = load(p + GRAD), load(p + DT), load(p + DTU)
+        c0, c1 = value(general, c + t * step_c, n), value(general, c + t * step_c, n + 1)
+        g0, g1 = fma(c0, gy, g0), fma(c1, gy, g1)
+        accumulate(dc + i + t * step_dc, gy * h0)
+        accumulate(dc + i + VB + t * step_dc, gy * h1)
+        if gated is not None: store(p + OUT, fma(c0, h0, fma(c1, h1, load(p + OUT))))
+        accumulate(db + i + t * step_db, g0 * xu)
+        accumulate(db + i + VB + t * step_db, g1 * xu)
+        sum_gb = fma(value(general, b + t * step_b, n), g0, load(p + SUM_GB))
+        store(p + SUM_GB, fma(value(general, b + t * step_b, n + 1), g1, sum_gb))
+        h0, h1 = load(p2 + HIDDEN), load(p2 + HIDDEN + VB)
+        g0, g1 = g0 * load(p2 + DECAYS), g1 * load(p2 + DECAYS + VB)
         w0, w1 = g0 * h0, g1 * h1
-        accumulate(sum_wa + t * VB, fma(w0, a0, w1 * a1))
+        store(p + SUM_WA, fma(w0, a0, fma(w1, a1, load(p + SUM_WA))))
         da0, da1 = fma(w0, x, da0), fma(w1, x, da1)
-    store(g + n * VB, g0)
-    store(g + n * VB + VB, g1)
-    store(da + n * VB, da0)
-    store(da + n * VB + VB, da1)
+    store(g + i, g0)
+    store(g + i + VB, g1)
+    store(da + i, da0)
+    store(da + i + VB, da1)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #9c211f1f
 @_jit
-def prepare_back(m, b, k, start, steps, d, lanes, us, dt, dtu, slope, gy, y, sum_wa, sum_gb):
-    "As `prepare`, with the slope of the softplus, the gradient before the gate, and cleared sums; the largest |dt|."
+def prepare_back(m, b, k, steps, d, lanes, s):
+    "As `prepare`, with the softplus's slope, the gradient before the gate, that of the gate, and cleared sums."
     bias, skip, largest = row_of_channels(m, BIAS, k, d, lanes), row_of_channels(m, SKIP, k, d, lanes), splat(0.0)
+    us, deltas, soft = channels(m, U, b, k, d), channels(m, DELTA, b, k, d), m[SOFTPLUS]
+    zs, dys, gated = channels(m, Z, b, k, d), channels(m, DY, b, k, d), m[Z] != 0
     for t in range(steps):
-        u, raw = step_inputs(m, b, k, start + t, d, lanes, bias)
-        x, s, g = raw, splat(1.0), splat(0.0)
-        if m[SOFTPLUS]: x, s = softplus(raw), sigmoid(raw)
-        token = load_index(m[ORDER] + 8 * (k * m[STEPS] + start + t))
+        row, token, p = load_index(s + ROWS + 8 * t), load_index(s + TOKENS + 8 * t), s + t * VB
+        u, x, g = splat(0.0), bias, splat(0.0)
+        if row >= 0:
+            u = read_row(us, row, lanes)
+            x = bias + read_row(deltas, row, lanes)
+        if soft:
+            y = exp_minus(x)
+            store(p + SLOPE, sigmoid_of(x, y))
+            x = softplus_of(x, y)
         if token >= 0:
-            g = read(at(m, DY, b, k) + token * m[DY + 3] + 4 * d, lanes)
-            if m[Z]:
-                z = read(at(m, Z, b, k) + token * m[Z + 3] + 4 * d, lanes)
-                g = g * z * sigmoid(z)
-        store(us + t * VB, u)
-        store(dt + t * VB, x)
-        store(dtu + t * VB, x * u)
-        store(slope + t * VB, s)
-        store(gy + t * VB, g)
-        store(y + t * VB, skip * u)
-        store(sum_wa + t * VB, splat(0.0))
-        store(sum_gb + t * VB, splat(0.0))
+            g = read_row(dys, token, lanes)
+            if gated:
+                z = read_row(zs, token, lanes)
+                gate = sigmoid(z)
+                store(p + GATE, g * gate * fma(z, splat(1.0) - gate, splat(1.0)))
+                g = g * z * gate
+        store(p + INPUT, u)
+        store(p + DT, x)
+        store(p + DTU, x * u)
+        store(p + GRAD, g)
+        store(p + OUT, skip * u)
         largest = vmax(largest, vabs(x))
+    clear(s + SUM_WA, 2 * CHUNK)
     return largest
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #689bd6a0
 @_jit
-def finish_back(m, b, k, start, steps, d, lanes, us, dt, slope, gy, y, sum_wa, sum_gb, dskip, dbias):
+def finish_back(m, b, k, steps, d, lanes, s, dskip, dbias):
     "Write the gradients of u, delta and z of a chunk; add those of D and the bias."
-    skip = row_of_channels(m, SKIP, k, d, lanes)
-    skip_sum, bias_sum = load(dskip), load(dbias)
+    skip, skip_sum, bias_sum = row_of_channels(m, SKIP, k, d, lanes), load(dskip), load(dbias)
+    dus, step_du, ddeltas, step_dd = at(m, DU, b, k) + 4 * d, m[DU + 3], at(m, DDELTA, b, k) + 4 * d, m[DDELTA + 3]
+    dzs, step_dz, soft, gated = at(m, DZ, b, k) + 4 * d, m[DZ + 3], m[SOFTPLUS], m[Z] != 0
     for t in range(steps):
-        u, g, gb, row = load(us + t * VB), load(gy + t * VB), load(sum_gb + t * VB), row_of(m, k, start + t)
-        ddelta = fma(gb, u, load(sum_wa + t * VB) * splat(_LN2)) * load(slope + t * VB)
+        row, token, p = load_index(s + ROWS + 8 * t), load_index(s + TOKENS + 8 * t), s + t * VB
+        u, g, gb = load(p + INPUT), load(p + GRAD), load(p + SUM_GB)
+        ddelta = fma(gb, u, load(p + SUM_WA) * splat(_LN2))
+        if soft: ddelta = ddelta * load(p + SLOPE)
         bias_sum, skip_sum = bias_sum + ddelta, fma(g, u, skip_sum)
         if row >= 0:
-            write(at(m, DDELTA, b, k) + row * m[DDELTA + 3] + 4 * d, ddelta, lanes)
-            write(at(m, DU, b, k) + row * m[DU + 3] + 4 * d, fma(gb, load(dt + t * VB), skip * g), lanes)
-        token = load_index(m[ORDER] + 8 * (k * m[STEPS] + start + t))
-        if token >= 0 and m[Z]:
-            z = read(at(m, Z, b, k) + token * m[Z + 3] + 4 * d, lanes)
-            dy, s = read(at(m, DY, b, k) + token * m[DY + 3] + 4 * d, lanes), sigmoid(z)
-            dz = dy * load(y + t * VB) * s * fma(z, splat(1.0) - s, splat(1.0))
-            write(at(m, DZ, b, k) + token * m[DZ + 3] + 4 * d, dz, lanes)
+            write(ddeltas + row * step_dd, ddelta, lanes)
+            write(dus + row * step_du, fma(gb, load(p + DT), skip * g), lanes)
+        if gated and token >= 0: write(dzs + token * step_dz, load(p + OUT) * load(p + GATE), lanes)
     store(dskip, skip_sum)
     store(dbias, bias_sum)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #8cc285f5
 @_jit
-def write_steps(m, field, b, k, group, start, steps, sums):
+def write_steps(m, field, b, k, group, steps, s, sums):
     "Sum dB or dC of a chunk across lanes; each group of channels has its own copy, added up afterwards."
     out = m[field] + group * m[field + 4] + b * m[field + 1] + k * m[field + 2]
     for t in range(steps):
-        row = row_of(m, k, start + t)
+        row = load_index(s + ROWS + 8 * t)
         if row >= 0:
-            for n in range(m[STATES]): store1(out + row * m[field + 3] + 4 * n, hsum(load(sums + (n * CHUNK + t) * VB)))
+            for n in range(0, m[STATES], WIDTH):
+                x = lane_sums(sums + (t * m[PADDED] + n) * VB)
+                store_part(out + row * m[field + 3] + 4 * n, x, min(WIDTH, m[STATES] - n))
 
 @_jit
-def clear(p, count):
-    for i in range(count): store(p + i * VB, splat(0.0))
+def unpack_gradient(m, field, b, k, d, lanes, p):
+    "dA, or dB or dC constant in time."
+    unpack_lanes(p, lanes, m[STATES], at(m, field, b, k) + d * m[field + 3], m[field + 3], m[field + 4])
 
 @_jit
-def start_gradients(m, b, k, first, count, states):
-    "Gradient of the last state of each vector, or zeros; cleared sums of dA, of a constant B and C, of D and of the bias."
-    clear(states, GROUP * (4 * m[PADDED] + 2))
-    if m[DLAST]:
-        for i in range(count):
-            d = (first + i) * WIDTH
-            pack_lanes(at(m, DLAST, b, k) + d * m[DLAST + 3], m[DLAST + 3], m[DLAST + 4], lanes_of(m, first + i), m[STATES], m[PADDED],
-                       1.0, states + i * m[PADDED] * VB)
+def write_channels(m, b, k, first, count, sums, size):
+    "Write the sums over steps: dA, constant dB and dC, dD, dbias of this image."
+    for i in range(count):
+        d, lanes, p = (first + i) * WIDTH, lanes_of(m, first + i), sums + i * m[PADDED] * VB
+        unpack_gradient(m, DA, b, k, d, lanes, p)
+        if m[CONST_B]: unpack_gradient(m, DB, b, k, d, lanes, p + size)
+        if m[CONST_C]: unpack_gradient(m, DC, b, k, d, lanes, p + 2 * size)
+        write(at(m, DSKIP, b, k) + 4 * d, load(sums + 3 * size + i * VB), lanes)
+        write(at(m, DBIAS, b, k) + 4 * d, load(sums + 3 * size + (GROUP + i) * VB), lanes)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #9b7f0038
 @_jit
-def write_channels(m, b, k, first, count, states):
-    "Write the sums over steps: dA, constant dB and dC, dD, dbias of this image."
-    size = GROUP * m[PADDED] * VB
-    for i in range(count):
-        d, lanes, p = (first + i) * WIDTH, lanes_of(m, first + i), states + i * m[PADDED] * VB
-        unpack_lanes(p + size, lanes, m[STATES], at(m, DA, b, k) + d * m[DA + 3], m[DA + 3], m[DA + 4])
-        if m[CONST_B]: unpack_lanes(p + 2 * size, lanes, m[STATES], at(m, DB, b, k) + d * m[DB + 3], m[DB + 3], m[DB + 4])
-        if m[CONST_C]: unpack_lanes(p + 3 * size, lanes, m[STATES], at(m, DC, b, k) + d * m[DC + 3], m[DC + 3], m[DC + 4])
-        write(at(m, DSKIP, b, k) + 4 * d, load(states + 4 * size + i * VB), lanes)
-        write(at(m, DBIAS, b, k) + 4 * d, load(states + 4 * size + (GROUP + i) * VB), lanes)
+def chunk_back(m, b, k, chunk, v, s, a, bs, cs, wide_b, wide_c, g, size, dbs, dcs, dskip, dbias):
+    "One chunk of one vector of channels, backwards."
+    d, lanes, padded, steps = v * WIDTH, lanes_of(m, v), m[PADDED], min(CHUNK, m[STEPS] - chunk * CHUNK)
+    largest = prepare_back(m, b, k, steps, d, lanes, s)
+    h_in, da, thin, wide = slot(m, b, k, chunk - 1, v) if chunk else s + ZEROS, g + size, 4 * padded, padded * VB
+    if not (m[CONST_B] or m[CONST_C]) and in_range(m, a, largest):
+        for n in range(0, padded, 2):
+            rewalk(None, m, n, steps, s, a, bs, thin, h_in)
+            if m[Z]: walk_back(None, True, m, n, steps, s, a, bs, thin, cs, thin, g, da, dbs, wide, dcs, wide)
+            else: walk_back(None, None, m, n, steps, s, a, bs, thin, cs, thin, g, da, dbs, wide, dcs, wide)
+    else:
+        general_inputs(m, B, m[CONST_B], k, d, lanes, bs, wide_b)
+        general_inputs(m, C, m[CONST_C], k, d, lanes, cs, wide_c)
+        step_b, db = (0, g + 2 * size) if m[CONST_B] else (wide, dbs)
+        step_c, dc = (0, g + 3 * size) if m[CONST_C] else (wide, dcs)
+        for n in range(0, padded, 2):
+            rewalk(True, m, n, steps, s, a, wide_b, step_b, h_in)
+            walk_back(True, True, m, n, steps, s, a, wide_b, step_b, wide_c, step_c, g, da, db, step_b, dc, step_c)
+    finish_back(m, b, k, steps, d, lanes, s, dskip, dbias)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #16065f75
 def _scan_backward(m, scratch):
     "Take tasks until none is left."
-    a, bs, cs, wide_b, wide_c, zeros, us = scratch_for_group(m, scratch.ctypes.data)
-    padded, step = m[PADDED], CHUNK * VB
-    dt, dtu, slope, gy, y, sum_wa, sum_gb, e = us + step, us + 2 * step, us + 3 * step, us + 4 * step, us + 5 * step, us + 6 * step, us + 7 * step, us + 8 * step
-    h, dbs = e + 2 * step, e + 4 * step + 2 * VB
-    dcs = dbs + padded * step
-    states = dcs + padded * step
-    step_b, step_c, size = 0 if m[CONST_B] else VB, 0 if m[CONST_C] else VB, GROUP * padded * VB
+    old = flush_denormals()
+    s, a, bs, cs, wide_b, wide_c, dbs = layout(m, scratch)
+    padded, size = m[PADDED], GROUP * m[PADDED] * VB
+    dcs = dbs + (padded * CHUNK + WIDTH) * VB
+    g = dcs + (padded * CHUNK + WIDTH) * VB   # of each vector: dh, dA, constant dB, constant dC; then dD, dbias
     task = next_task(m.ctypes.data)
     while task < m[TASKS]:
         b, k, first, count = place(m, task)
-        pack_a(m, k, first, count, a)
-        start_gradients(m, b, k, first, count, states)
+        pack_group(m, A, 0, k, first, count, _LOG2E, a)
+        clear(g, GROUP * (4 * padded + 2))
+        if m[DLAST]: pack_group(m, DLAST, b, k, first, count, 1.0, g)
         for chunk in range(m[CHUNKS] - 1, -1, -1):
-            start = chunk * CHUNK
-            steps = min(CHUNK, m[STEPS] - start)
-            if not m[CONST_B]: pack_steps(m, B, b, k, start, steps, bs)
-            if not m[CONST_C]: pack_steps(m, C, b, k, start, steps, cs)
-            clear(dbs, 2 * padded * CHUNK)
+            steps = min(CHUNK, m[STEPS] - chunk * CHUNK)
+            chunk_rows(m, k, chunk * CHUNK, steps, s)
+            if not m[CONST_B]: pack_steps(m, B, b, k, steps, s, bs)
+            if not m[CONST_C]: pack_steps(m, C, b, k, steps, s, cs)
+            clear(dbs, 2 * (padded * CHUNK + WIDTH))
             for i in range(count):
-                v, i_n = first + i, i * padded * VB
-                d, lanes = v * WIDTH, lanes_of(m, v)
-                largest = prepare_back(m, b, k, start, steps, d, lanes, us, dt, dtu, slope, gy, y, sum_wa, sum_gb)
-                h_in, g = slot(m, b, k, chunk - 1, v) if chunk else zeros, states + i_n
-                db, dc = g + 2 * size if m[CONST_B] else dbs, g + 3 * size if m[CONST_C] else dcs
-                if in_range(m, a + i_n, largest) and not m[CONST_B] and not m[CONST_C]:
-                    for n in range(0, padded, 2):
-                        rewalk(None, n, steps, a + i_n, bs, 0, dt, dtu, h_in, e, h)
-                        walk_back(None, n, steps, a + i_n, bs, VB, cs, VB, dt, dtu, gy, e, h, y, sum_wa, sum_gb, g, g + size, db, dc)
-                else:
-                    general_inputs(m, B, m[CONST_B], k, d, lanes, bs, wide_b)
-                    general_inputs(m, C, m[CONST_C], k, d, lanes, cs, wide_c)
-                    for n in range(0, padded, 2):
-                        rewalk(True, n, steps, a + i_n, wide_b, step_b, dt, dtu, h_in, e, h)
-                        walk_back(True, n, steps, a + i_n, wide_b, step_b, wide_c, step_c, dt, dtu, gy, e, h, y, sum_wa, sum_gb, g,
-                                  g + size, db, dc)
-                finish_back(m, b, k, start, steps, d, lanes, us, dt, slope, gy, y, sum_wa, sum_gb,
-                            states + 4 * size + i * VB, states + 4 * size + (GROUP + i) * VB)
-            if not m[CONST_B]: write_steps(m, DB, b, k, first // GROUP, start, steps, dbs)
-            if not m[CONST_C]: write_steps(m, DC, b, k, first // GROUP, start, steps, dcs)
-        write_channels(m, b, k, first, count, states)
+                i_a, sums = i * padded * VB, g + 4 * size + i * VB
+                chunk_back(m, b, k, chunk, first + i, s, a + i_a, bs, cs, wide_b, wide_c, g + i_a, size, dbs, dcs,
+                           sums, sums + GROUP * VB)
+            if not m[CONST_B]: write_steps(m, DB, b, k, first // GROUP, steps, s, dbs)
+            if not m[CONST_C]: write_steps(m, DC, b, k, first // GROUP, steps, s, dcs)
+        write_channels(m, b, k, first, count, g + size, size)
         task = next_task(m.ctypes.data)
+    restore(old)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #cc30fcf5
 _pool, _pool_lock, _compiled = None, threading.Lock(), {}
@@ -631,18 +711,20 @@ def _helpers():
     "The pool of this process."
     global _pool
     with _pool_lock:
-        if _pool is None: _pool = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix='scan')
+        if _pool is None: _pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), thread_name_prefix='scan')
         return _pool
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #8eedb50e
-def _say_compiling(): print('localmamba: compiling the CPU kernels; this happens once, the result is kept on disk', flush=True)
+def _say_compiling():
+    print('localmamba: compiling the CPU kernels; this happens once, the result is kept on disk', flush=True)
 
 def _kernel(f):
     "The compiled kernel of f."
     if f in _compiled: return _compiled[f]
     try: kernel = numba.njit(nogil=True, cache=True)(f)
     except RuntimeError as error:
-        warnings.warn(f'compiled kernels cannot be kept on disk ({error}); set NUMBA_CACHE_DIR to a folder that can be written')
+        warnings.warn(f'compiled kernels cannot be kept on disk ({error}); '
+                      'set NUMBA_CACHE_DIR to a folder that can be written')
         kernel = numba.njit(nogil=True)(f)
     timer = threading.Timer(3, _say_compiling)
     timer.daemon = True
@@ -656,7 +738,8 @@ def _kernel(f):
 def _launch(f, m, tasks, work, scratch_bytes):
     "Run the tasks of m; `work` in lane updates decides whether helpers are worth waking."
     kernel = _compiled.get(f) or _kernel(f)
-    m[TASK], m[TASKS] = 0, tasks
+    m[TASKS] = tasks
+    m = np.array(m, np.int64)
     threads = min(torch.get_num_threads(), tasks, 1 + work // 200_000)
     helpers = [_helpers().submit(kernel, m, np.empty(scratch_bytes, np.uint8)) for _ in range(threads - 1)]
     kernel(m, np.empty(scratch_bytes, np.uint8))
@@ -664,25 +747,26 @@ def _launch(f, m, tasks, work, scratch_bytes):
         if not helper.cancel(): helper.result()
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #446bc453
-def _rows(x): 
+def _rows(x):
     "float32 with channels adjacent; a copy only where that is not so already."
     if x is None: return None
     x = x.float()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
+_SLOTS = dict(bktc=(1, 2, 3, 4), btc=(1, 3, 4), bkc=(1, 2, 4), ktc=(2, 3, 4), kc=(2, 4), gbkt_=(4, 1, 2, 3))
+
 def _fields(m, field, x, axes):
-    "Enter address and byte strides of a tensor; `axes` names its axes among b, k, t, c."
+    "Enter address and byte strides of a tensor; `axes` names its axes: image, direction, row, column, group."
     if x is None: return
     m[field] = x.data_ptr()
-    for axis, stride in zip(axes, x.stride()):
-        if axis in 'bktc': m[field + 1 + 'bktc'.index(axis)] = stride * x.element_size()
+    for i, stride in zip(_SLOTS[axes], x.stride()): m[field + i] = 4 * stride
 
 def _axes(x): return 'btc' if x.dim() == 3 else 'bktc'
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #61c3a710
 def _scan_fields(u, delta, A_, B_, C_, D, z, delta_bias, order, delta_softplus, along_order, saved):
     "The integers that both scan kernels read, and the tensors whose addresses they are."
-    m = np.zeros(FIELDS, np.int64)
+    m = [0] * CONSTANTS + _CONSTANTS
     (K, L), (_, D_, N) = order.shape, A_.shape
     vectors, padded = -(-D_ // WIDTH), N + N % 2
     groups = -(-vectors // GROUP)
@@ -693,7 +777,7 @@ def _scan_fields(u, delta, A_, B_, C_, D, z, delta_bias, order, delta_softplus, 
     kept = [order]
     for field, x, axes in ((U, u, _axes(u)), (DELTA, delta, 'bktc'), (SKIP, D, 'kc'), (BIAS, delta_bias, 'kc'),
                            (Z, z, z is not None and _axes(z))):
-        kept.append(_rows(x))
+        kept.append(x if x is None else _rows(x) if axes == 'kc' else x.float())
         _fields(m, field, kept[-1], axes)
     for field, x in ((A, A_), (B, B_), (C, C_)):
         kept.append(x.float())
@@ -703,11 +787,11 @@ def _scan_fields(u, delta, A_, B_, C_, D, z, delta_bias, order, delta_softplus, 
 # %% ../../nbs/01a_ssm_cpu.ipynb #0be07f47
 def _tokens(order): return int(order.max()) + 1 if order.numel() else 0
 
-def _work(m): return int(m[BATCH] * m[DIRECTIONS] * m[STEPS] * m[VECTORS] * m[PADDED])
+def _work(m): return m[BATCH] * m[DIRECTIONS] * m[STEPS] * m[VECTORS] * m[PADDED]
 
 def _scratch_bytes(m):
-    padded = int(m[PADDED])
-    return VB * (padded * (5 * GROUP + 1 + 4 * CHUNK + 8) + 16 * CHUNK + 4 * GROUP + 8)
+    padded = m[PADDED]
+    return ZEROS + VB * (padded * (5 * GROUP + 1 + 4 * CHUNK) + 2 * (padded * CHUNK // WIDTH + 1 + WIDTH + GROUP + 1))
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #2e331ac3
 def saved_shape(
@@ -729,16 +813,15 @@ def scan_forward(
     order:torch.Tensor, # (K, L): raster index of the token at each step, -1 for a padding step
     delta_softplus:bool, # dt = softplus(delta + bias), else delta + bias
     along_order:bool, # u, delta, B, C lie along the order rather than in raster order
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # y (Bt, K, T, D), last state (Bt, K, D, N), states at chunk boundaries
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # y (Bt, K, T, D), last state (Bt, K, D, N), boundary states
     "Selective scan along every direction."
     (K, L), (_, channels, N), batch = order.shape, A.shape, len(u)
     tokens = z.shape[-2] if z is not None else u.shape[-2] if not along_order else _tokens(order)
     y = torch.empty(batch, K, tokens, channels)
-    saved = torch.empty(saved_shape(batch, K, L, channels, N))
+    saved, last = torch.empty(saved_shape(batch, K, L, channels, N)), torch.empty(batch, K, channels, N)
     m, kept = _scan_fields(u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, along_order, saved)
-    _fields(m, Y, y, 'bktc')
-    _launch(_scan_forward, m, int(batch * K * m[GROUPS]), _work(m), _scratch_bytes(m))
-    last = saved[:, :, -1, :, :N].transpose(-1, -2).reshape(batch, K, -1, N)[:, :, :channels]
+    for field, x in ((Y, y), (LAST, last)): _fields(m, field, x, 'bktc')
+    _launch(_scan_forward, m, batch * K * m[GROUPS], _work(m), _scratch_bytes(m))
     return y.to(u.dtype), last, saved
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #678c01ea
@@ -752,22 +835,21 @@ def scan_backward(
 ) -> tuple: # gradients of u, delta, A, B, C, D, z, delta_bias; None where the input was None
     "Gradients of the selective scan, the same bits at every call."
     m, kept = _scan_fields(u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, along_order, saved)
-    (K, _), batch, channels, groups, rows = order.shape, len(u), A.shape[1], int(m[GROUPS]), delta.shape[2]
-    dy, dlast = _rows(dy), None if dlast_state is None else dlast_state.float()
+    (K, _), batch, channels, groups, rows = order.shape, len(u), A.shape[1], m[GROUPS], delta.shape[2]
+    dy, dlast = dy.float(), None if dlast_state is None else dlast_state.float()
     du, ddelta = torch.empty(batch, K, rows, channels), torch.empty(batch, K, rows, channels)
     dz = None if z is None else torch.empty(batch, K, dy.shape[2], channels)
     dA, dchannels = torch.empty(batch, *A.shape), torch.empty(2, batch, K, channels)
     dB, dC = (torch.empty(batch, *x.shape) if x.dim() == 3 else torch.empty(groups, *x.shape) for x in (B, C))
-    for field, x, axes in ((DY, dy, 'bktc'), (DLAST, dlast, 'bktc'), (DU, du, 'bktc'), (DDELTA, ddelta, 'bktc'), (DZ, dz, 'bktc'),
-                           (DA, dA, 'bktc'), (DSKIP, dchannels[0], 'bkc'), (DBIAS, dchannels[1], 'bkc'),
-                           (DB, dB, 'bktc' if B.dim() == 3 else 'cbkt_'), (DC, dC, 'bktc' if C.dim() == 3 else 'cbkt_')):
-        _fields(m, field, x, axes)
-    _launch(_scan_backward, m, int(batch * K * groups), 3 * _work(m), _scratch_bytes(m))
+    for field, x in zip((DY, DLAST, DU, DDELTA, DZ, DA), (dy, dlast, du, ddelta, dz, dA)): _fields(m, field, x, 'bktc')
+    for field, x in ((DB, dB), (DC, dC)): _fields(m, field, x, 'bktc' if x.dim() == 4 else 'gbkt_')
+    for field, x in ((DSKIP, dchannels[0]), (DBIAS, dchannels[1])): _fields(m, field, x, 'bkc')
+    _launch(_scan_backward, m, batch * K * groups, 3 * _work(m), _scratch_bytes(m))
     return _finish_gradients(du, ddelta, dA, dB, dC, dchannels, dz, u, delta, A, B, C, D, z, delta_bias)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #e141c608
 def _finish_gradients(du, ddelta, dA, dB, dC, dchannels, dz, u, delta, A, B, C, D, z, delta_bias):
-    "Add up the copies of images, channel groups and directions, in their order, and give each gradient its input's dtype."
+    "Add up the copies of images, channel groups and directions, in order; each gradient gets its input's dtype."
     if u.dim() == 3: du = du.sum(1)
     if z is not None and z.dim() == 3: dz = dz.sum(1)
     dB, dC = (x[0] if len(x) == 1 else x.sum(0) for x in (dB, dC))
@@ -799,6 +881,7 @@ def tap_sum(m, k, d, lanes, rows):
 # %% ../../nbs/01a_ssm_cpu.ipynb #26a00c8a
 def _conv_forward(m, scratch):
     "Take tasks until none is left."
+    old = flush_denormals()
     rows = (scratch.ctypes.data + 63) // 64 * 64
     zeros = rows + 64
     clear(zeros, m[VECTORS])
@@ -818,6 +901,7 @@ def _conv_forward(m, scratch):
                 x = tap_sum(m, k, d, lanes, rows)
                 store_part(out + 4 * d, x * sigmoid(x), lanes)
         task = next_task(m.ctypes.data)
+    restore(old)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #404328a3
 @_jit
@@ -856,11 +940,13 @@ def conv_scatter(m, b, k, d, lanes, xs, dpre):
             dx = splat(0.0)
             if k: dx = read(p, lanes)
             for j in range(taps):
-                dx = fma(read(at(m, WEIGHT, 0, k) + j * m[WEIGHT + 3] + 4 * d, lanes), load(dpre + (t + taps - 1 - j) * VB), dx)
+                w = read(at(m, WEIGHT, 0, k) + j * m[WEIGHT + 3] + 4 * d, lanes)
+                dx = fma(w, load(dpre + (t + taps - 1 - j) * VB), dx)
             write(p, dx, lanes)
 
 def _conv_backward(m, scratch):
     "Take tasks until none is left."
+    old = flush_denormals()
     xs = (scratch.ctypes.data + 63) // 64 * 64
     dpre = xs + (m[STEPS] + m[TAPS]) * VB
     task = next_task(m.ctypes.data)
@@ -872,17 +958,18 @@ def _conv_backward(m, scratch):
             write(at(m, DBIAS, b, k) + 4 * d, dbias, lanes)
             conv_scatter(m, b, k, d, lanes, xs, dpre)
         task = next_task(m.ctypes.data)
+    restore(old)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #d3182453
 def _conv_fields(x, weight, bias, order, chunk):
     "The integers that both convolution kernels read, and the tensors whose addresses they are."
-    m = np.zeros(FIELDS, np.int64)
+    m = [0] * CONSTANTS + _CONSTANTS
     (K, L), (_, channels, taps) = order.shape, weight.shape
     m[BATCH], m[DIRECTIONS], m[STEPS], m[CHANNELS], m[TAPS] = len(x), K, L, channels, taps
     m[CHUNKS], m[VECTORS] = -(-L // chunk), -(-channels // WIDTH)
     kept = [order.to(torch.int64).contiguous(), _rows(x), weight.float().transpose(1, 2).contiguous(), _rows(bias)]
     m[ORDER] = kept[0].data_ptr()
-    for field, x, axes in ((X, kept[1], 'btc'), (WEIGHT, kept[2], 'ktc'), (BIAS, kept[3], 'kc')): _fields(m, field, x, axes)
+    for field, x, axes in zip((X, WEIGHT, BIAS), kept[1:], ('btc', 'ktc', 'kc')): _fields(m, field, x, axes)
     return m, kept
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #ce50836c
@@ -896,8 +983,8 @@ def conv_forward(
     m, kept = _conv_fields(x, weight, bias, order, CONV_STEPS)
     y = torch.empty(len(x), *order.shape, x.shape[-1])
     _fields(m, Y, y, 'bktc')
-    tasks = int(m[BATCH] * m[DIRECTIONS] * m[CHUNKS])
-    _launch(_conv_forward, m, tasks, int(4 * m[BATCH] * m[DIRECTIONS] * m[STEPS] * m[VECTORS]), 128 + VB * int(m[VECTORS]) + VB)
+    tasks = m[BATCH] * m[DIRECTIONS] * m[CHUNKS]
+    _launch(_conv_forward, m, tasks, 4 * m[BATCH] * m[DIRECTIONS] * m[STEPS] * m[VECTORS], 128 + VB * (m[VECTORS] + 1))
     return y.to(x.dtype)
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #2493de0d
@@ -909,7 +996,9 @@ def conv_backward(
     m, kept = _conv_fields(x, weight, bias, order, CONV_STEPS)
     dy, (K, channels, taps), batch = _rows(dy), weight.shape, len(x)
     dx, dw, dbias = torch.empty(x.shape), torch.empty(batch, K, taps, channels), torch.empty(batch, K, channels)
-    for field, t, axes in ((DY, dy, 'bktc'), (DX, dx, 'btc'), (DWEIGHT, dw, 'bktc'), (DBIAS, dbias, 'bkc')): _fields(m, field, t, axes)
-    work = int(8 * m[BATCH] * m[DIRECTIONS] * m[STEPS] * m[VECTORS])
-    _launch(_conv_backward, m, int(m[BATCH] * m[VECTORS]), work, 128 + 2 * VB * (order.shape[1] + taps))
-    return (dx.to(x.dtype), dw.sum(0).transpose(1, 2).to(weight.dtype), None if bias is None else dbias.sum(0).to(bias.dtype))
+    for field, t, axes in zip((DY, DX, DWEIGHT, DBIAS), (dy, dx, dw, dbias), ('bktc', 'btc', 'bktc', 'bkc')):
+        _fields(m, field, t, axes)
+    work = 8 * m[BATCH] * m[DIRECTIONS] * m[STEPS] * m[VECTORS]
+    _launch(_conv_backward, m, m[BATCH] * m[VECTORS], work, 128 + 2 * VB * (order.shape[1] + taps))
+    dbias = None if bias is None else dbias.sum(0).to(bias.dtype)
+    return dx.to(x.dtype), dw.sum(0).transpose(1, 2).to(weight.dtype), dbias
