@@ -190,7 +190,8 @@ def _check_scenes(size, n_train, n_valid, valid_fraction, digit_size, contrast):
         if not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f'{name}: got {value!r}; allowed: an integer from {least}')
     if size > 512: raise ValueError(f'size: got {size}; allowed: 12 to 512')
-    if not 0.05 <= valid_fraction <= 0.5: raise ValueError(f'valid_fraction: got {valid_fraction}; allowed: 0.05 to 0.5')
+    if not 0.05 <= valid_fraction <= 0.5:
+        raise ValueError(f'valid_fraction: got {valid_fraction}; allowed: 0.05 to 0.5')
     if not 0 <= contrast < 0.5: raise ValueError(f'contrast: got {contrast}; allowed: 0 up to, not including, 0.5')
     low, high = digit_size
     if not 0.1 <= low <= high <= 1:

@@ -8,6 +8,7 @@ __all__ = ['QUOTED', 'scan_path', 'plot_scan', 'scan_legend', 'plot_scans', 'plo
 
 # %% ../nbs/14_figures.ipynb #0f7ec560
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -188,8 +189,8 @@ def plot_curves(
     _check_columns(frame, x, y, by, run)
     if ax is None: ax = plt.subplots(figsize=(6.4, 3.4), layout='constrained')[1]
     lines = {'': frame} if by is None else {name: frame[frame[by] == name] for name in dict.fromkeys(frame[by])}
-    colours = sns.color_palette('colorblind', len(lines))
-    for (name, part), colour, dashes in zip(lines.items(), colours, ['-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1))] * 9):
+    colours, styles = sns.color_palette('colorblind', len(lines)), ['-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1))]
+    for (name, part), colour, dashes in zip(lines.items(), colours, cycle(styles)):
         runs = [part] if run is None else [part[part[run] == r] for r in dict.fromkeys(part[run])]
         if len(runs) > 1:
             for r in runs: ax.plot(r[x], r[y], color=colour, lw=.7, alpha=.55)
@@ -250,7 +251,8 @@ def show_table(
         if stem != name and f'{stem}_std' in frame:
             spread = [cell_text(v, digits_of(name, 2)) for v in frame[f'{stem}_std']]
             text = [f'{m} ± {s}' if s else m for m, s in zip(text, spread)]
-        heading = (names or {}).get(name, stem if f'{stem}_std' in frame else name)
+        joined = stem if f'{stem}_std' in frame else name
+        heading = (names or {}).get(name, (names or {}).get(joined, joined))
         cells[f'{heading} †' if name in marked else heading] = text
     return Table(pd.DataFrame(cells), QUOTED if marked else '')
 
