@@ -1,0 +1,45 @@
+# make ablation_scan            set up .venv, run the main experiment
+# make <experiment> ARGS="-p epochs 30"
+# make test                     set up .venv, test every notebook and the rest
+# make lab                      open the notebooks in JupyterLab
+# make export | lock            for those who change the code
+
+PYTHON ?= python3
+BIN := .venv/bin
+EXPERIMENTS := $(filter-out index results, $(basename $(notdir $(wildcard nbs/[a-z]*.ipynb))))
+
+# Threads that wait for each other without spinning: without this, two busy processes on two cores run ten times slower.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help env test lab export lock $(EXPERIMENTS)
+
+help:
+	@sed -n '/^# make/s/^# //p' Makefile
+	@echo "experiments: $(EXPERIMENTS)"
+
+env: .venv/.ready
+
+.venv/.ready: requirements.lock setup.py settings.ini
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(EXPERIMENTS): env
+	mkdir -p results/$@
+	$(BIN)/papermill nbs/$@.ipynb results/$@/executed.ipynb $(ARGS)
+
+test: env
+	$(BIN)/nbdev_test --n_workers 2 --do_print
+	$(BIN)/python -m pytest
+
+lab: env
+	$(BIN)/jupyter lab --notebook-dir nbs
+
+export: env
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+lock:
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev setup.py --output-file requirements.lock

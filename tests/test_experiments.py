@@ -1,0 +1,98 @@
+"The experiment notebooks as their users run them: papermill in a process, interrupted or with a wrong word."
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ['-p', 'n_train', '256', '-p', 'n_valid', '64', '-p', 'epochs', '2', '-p', 'depth', '1', '-p', 'embed_dim', '16', '-y', 'seeds: [0, 1]',
+        '-y', 'rows: [horizontal, horizontal + local + SCAttn]', '-p', 'threads', '1']
+
+
+def project(folder):
+    "A folder that counts as a project: results go there, not into this checkout."
+    (folder/'results').mkdir(parents=True)
+    (folder/'settings.ini').touch()
+    shutil.copytree(ROOT/'results/paper', folder/'results/paper')
+    return folder
+
+
+def papermill(folder, *args, **options):
+    command = [sys.executable, '-m', 'papermill', ROOT/'nbs/ablation_scan.ipynb', folder/'out.ipynb', '--cwd', folder, '--no-progress-bar', *args]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **options)
+
+
+def table(folder): return pd.read_csv(folder/'results/ablation_scan/digits/table.csv')
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    folder = project(tmp_path_factory.mktemp('whole'))
+    process = papermill(folder, *TINY)
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, text
+    return folder
+
+
+def test_table_figure_and_records(uninterrupted):
+    rows = table(uninterrupted)
+    assert rows.row.tolist() == ['horizontal', 'horizontal + local + SCAttn'] and (rows.seeds == 2).all()
+    assert rows.paper_top1.tolist() == [73.1, 75.8]
+    results = uninterrupted/'results/ablation_scan/digits'
+    assert (results/'table.png').stat().st_size > 5000
+    runs = sorted((results/'runs').iterdir())
+    assert len(runs) == 4
+    for run in runs: assert {f.name for f in run.iterdir()} == {'params.json', 'env.json', 'history.csv', 'metrics.json'}
+    assert str(uninterrupted) not in (runs[0]/'env.json').read_text() + (runs[0]/'params.json').read_text()
+
+
+def test_killed_and_started_again(uninterrupted, tmp_path):
+    folder = project(tmp_path/'killed')
+    process = papermill(folder, *TINY)
+    runs = folder/'results/ablation_scan/digits/runs'
+    deadline = time.time() + 300
+    while time.time() < deadline and not list(runs.glob('*/checkpoint.pt')): time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (runs.parent/'table.csv').exists() and list(runs.glob('*/history.csv'))
+    process = papermill(folder, *TINY)
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, text
+    pd.testing.assert_frame_equal(table(folder).drop(columns='seconds'), table(uninterrupted).drop(columns='seconds'))
+
+
+def test_finished_runs_are_not_run_again(uninterrupted):
+    before = {f: f.stat().st_mtime_ns for f in uninterrupted.glob('results/ablation_scan/digits/runs/*/metrics.json')}
+    process = papermill(uninterrupted, *TINY)
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, text
+    assert before == {f: f.stat().st_mtime_ns for f in before}
+
+
+@pytest.mark.parametrize('args, words', [
+    (['-p', 'epoch', '3'], "unknown parameter 'epoch' (did you mean 'epochs'?)"),
+    (['-p', 'lr', 'fast'], "parameter 'lr': got 'fast'"),
+    (['-y', 'rows: [diagonal]'], "rows: ['diagonal'] are unknown; allowed: ['horizontal'"),
+    (['-p', 'dataset', 'cifar'], "name: got 'cifar'; allowed: digits, cifar10, folder")])
+def test_a_wrong_word_is_refused(tmp_path, args, words):
+    folder = project(tmp_path/'wrong')
+    process = papermill(folder, *args)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and words in text, text[-3000:]
+    assert not (folder/'results/ablation_scan').exists() or not list((folder/'results/ablation_scan').rglob('metrics.json'))
+
+
+@pytest.mark.parametrize('path', sorted(p for p in (ROOT/'nbs').glob('[a-z]*.ipynb') if p.stem not in ('index', 'results')), ids=lambda p: p.stem)
+def test_an_experiment_has_one_parameters_cell_and_its_outputs(path):
+    notebook = json.loads(path.read_text())
+    tagged = [c for c in notebook['cells'] if 'parameters' in c['metadata'].get('tags', [])]
+    assert len(tagged) == 1
+    assert notebook['metadata']['kernelspec']['language'] == 'python'
+    assert any(c.get('outputs') for c in notebook['cells'])
