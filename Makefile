@@ -8,8 +8,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXPERIMENTS := $(filter-out index results, $(basename $(notdir $(wildcard nbs/[a-z]*.ipynb))))
 
-# Threads that wait for each other without spinning: without this, two busy processes on two cores run ten times slower.
-export OMP_WAIT_POLICY ?= passive
+# Certificates are the system's, as for pip, so that a company's proxy is no obstacle.
+export UV_SYSTEM_CERTS ?= 1
 
 .PHONY: help env test lab export lock $(EXPERIMENTS)
 
@@ -30,6 +30,8 @@ $(EXPERIMENTS): env
 	mkdir -p results/$@
 	$(BIN)/papermill nbs/$@.ipynb results/$@/executed.ipynb $(ARGS)
 
+# Notebooks are tested two at a time. Threads that spin while they wait for each other would make that ten times slower on two cores.
+test: export OMP_WAIT_POLICY ?= passive
 test: env
 	$(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/python -m pytest

@@ -6,6 +6,7 @@ import sys
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.optim import param_groups_layer_decay
 from torch.testing import assert_close
 
@@ -81,12 +82,20 @@ def test_weight_decay_leaves_state_parameters_alone(name):
 
 
 def test_fastai_vision_learner(tmp_path):
-    from fastai.vision.all import vision_learner
+    "fastai's own loaders and normalisation, and ours."
+    from fastai.vision.all import ImageDataLoaders, vision_learner
     from localmamba.data import digit_scenes, loaders
-    dls = loaders(*digit_scenes(n_train=64, n_valid=32), batch_size=16, device='cpu', path=tmp_path)
-    learn = vision_learner(dls, 'local_vim_nano', pretrained=False, normalize=False)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
-    assert learn.get_preds()[0].shape == (32, 10)
+    train, valid = digit_scenes(n_train=80, n_valid=40)
+    for split, images in (('train', train), ('valid', valid)):
+        for i, (image, label) in enumerate(images):
+            folder = tmp_path/split/str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder/f'{i}.png')
+    for dls in (ImageDataLoaders.from_folder(tmp_path, bs=16, num_workers=0, device='cpu'),
+                loaders(train, valid, batch_size=16, device='cpu', path=tmp_path)):
+        learn = vision_learner(dls, 'local_vim_nano', pretrained=False)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        assert learn.get_preds()[0].shape == (40, 10)
 
 
 def test_supernet_weights_its_branches(name):
