@@ -248,7 +248,6 @@ _BACKENDS = {
     'triton': ('localmamba.kernels.gpu', ('cuda',), False),
     'mamba_ssm': (_Differentiable(_mamba_scan, _mamba_conv, _mamba_reason, last_state_grad=False), ('cuda',), False),
 }
-_MISSING = {'localmamba.kernels.gpu': 'the Triton kernels are not part of this version'}
 
 
 @lru_cache
@@ -257,9 +256,7 @@ def _load(name):
     kernels = _BACKENDS[name][0]
     if isinstance(kernels, str):
         try: kernels = importlib.import_module(kernels)
-        except ImportError as error:
-            absent = error.name in (kernels, kernels.rpartition('.')[0])
-            return None, absent and _MISSING.get(kernels) or f'cannot import {kernels}: {error}'
+        except ImportError as error: return None, f'cannot import {kernels}: {error}'
     return kernels, kernels.reason()
 
 
@@ -288,8 +285,9 @@ def _resolve(backend, environment, device, dtype):
         return 'reference'
     given = f'backend={backend!r}' if backend else f'LOCALMAMBA_BACKEND={environment!r}'
     if name not in _BACKENDS: _refuse(given, 'there is no such backend')
-    devices, float64 = _BACKENDS[name][1:]
-    if reason := _load(name)[1]: _refuse(given, reason)
+    (kernels, reason), (_, devices, float64) = _load(name), _BACKENDS[name]
+    if reason: _refuse(given, reason)
+    devices = getattr(kernels, 'DEVICES', devices)
     if devices and device not in devices: _refuse(given, f'runs on {devices[0]} tensors only, the input is on {device}')
     if wide and not float64: _refuse(given, 'computes in float32, the input is float64')
     return name
@@ -299,7 +297,9 @@ def _chosen(backend, x):
     return _resolve(backend, '' if backend else os.environ.get('LOCALMAMBA_BACKEND', ''), x.device.type, x.dtype)
 
 # %% ../nbs/01_ssm.ipynb #dc1fa66a
-_lib = torch.library.Library('localmamba', 'FRAGMENT')
+# This notebook defines the operators while the package, which it loads for its kernels, defines them too: each its own.
+_namespace = 'localmamba' if __name__ == 'localmamba.ssm' else 'localmamba_notebook'
+_lib = torch.library.Library(_namespace, 'FRAGMENT')
 _scan_arguments = ('Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, '
                    'Tensor? order, bool delta_softplus, bool along_order, SymInt tokens, str backend')
 _conv_arguments = 'Tensor x, Tensor weight, Tensor? bias, Tensor order, str backend'
@@ -308,7 +308,7 @@ _lib.define(f'directional_scan_backward(Tensor? dy, Tensor? dlast_state, {_scan_
             f"({', '.join(['Tensor'] * 8)})")
 _lib.define(f'directional_conv({_conv_arguments}) -> Tensor')
 _lib.define(f'directional_conv_backward(Tensor dy, {_conv_arguments}) -> (Tensor, Tensor, Tensor)')
-_ops = torch.ops.localmamba
+_ops = getattr(torch.ops, _namespace)
 
 # %% ../nbs/01_ssm.ipynb #5c87e45b
 @torch.compiler.assume_constant_result
@@ -464,7 +464,7 @@ def _register(name, implementation, fake, differentiable=None):
     op = getattr(_ops, name).default
     differentiable = differentiable or partial(_Once.apply, op)
     _lib.impl(name, implementation, 'CompositeExplicitAutograd')
-    torch.library.register_fake(f'localmamba::{name}', fake, lib=_lib)
+    torch.library.register_fake(f'{_namespace}::{name}', fake, lib=_lib)
     _lib.impl(name, lambda *args: differentiable(*args) if _wants_grad(args) else _below(op, args), 'Autograd')
     for device in ('cpu', 'cuda'): _lib.impl(name, partial(_without_autocast, op, device), f'Autocast{device.upper()}')
 

@@ -19,8 +19,9 @@ __all__ = ['WIDTH', 'VB', 'vec', 'CHUNK', 'GROUP', 'TASK', 'TASKS', 'BATCH', 'DI
            'tap_rows', 'tap_sum', 'conv_gather', 'conv_scatter', 'conv_forward', 'conv_backward']
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #cdcbe32b
-import inspect, math, operator, os, platform, threading, warnings
+import inspect, math, operator, os, platform, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -715,8 +716,10 @@ def _helpers():
         return _pool
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #8eedb50e
+@lru_cache(1)
 def _say_compiling():
-    print('localmamba: compiling the CPU kernels; this happens once, the result is kept on disk', flush=True)
+    "Once a process, and not among what a program prints."
+    print('localmamba: compiling the CPU kernels; this happens once, the result is kept on disk', file=sys.stderr, flush=True)
 
 def _kernel(f):
     "The compiled kernel of f."
