@@ -88,11 +88,11 @@ def count_flops(
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     first = next(model.parameters())
     image = torch.zeros(1, getattr(model, 'in_chans', 3), height, width, device=first.device, dtype=first.dtype)
-    training, (grids, norms, handles) = model.training, _observe(model)
+    modes, (grids, norms, handles) = [(m, m.training) for m in model.modules()], _observe(model)
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter: model.eval()(image)
     finally:
-        model.train(training)
+        for module, mode in modes: module.training = mode
         for handle in handles: handle.remove()
     products = sum(n for op, n in counter.get_flop_counts()['Global'].items() if 'localmamba' not in str(op)) // 2
     return products + sum(norms) + sum(scan_flops(*g, convention) - _seen_by_torch(*g) for g in grids)

@@ -50,7 +50,7 @@ def _grid_order(kind: str, window: int, height: int, width: int, padding: str) -
 # %% ../nbs/00_scan.ipynb #f4e3752d
 def _check_grid(height, width, padding):
     for name, size in (('height', height), ('width', width)):
-        if int(size) != size or size < 1: raise ValueError(f'{name}={size!r} must be an integer >= 1, in tokens')
+        if not isinstance(size, (int, np.integer)) or size < 1: raise ValueError(f'{name}={size!r} must be an integer >= 1, in tokens')
     if padding not in PADDINGS: raise ValueError(f'padding={padding!r} is unknown: allowed are {PADDINGS}')
 
 # %% ../nbs/00_scan.ipynb #27dc8ec0
@@ -128,7 +128,8 @@ def _table_array(directions, height, width, padding, cls_index, flip_cls):
 
 
 @lru_cache(maxsize=256)
-def _table_tensor(*args, device): return torch.from_numpy(_table_array(*args)).to(device)
+def _table_tensor(*args, device):
+    with torch.inference_mode(False): return torch.from_numpy(_table_array(*args)).to(device)
 
 # %% ../nbs/00_scan.ipynb #2a14cd6c
 @torch.compiler.assume_constant_result
@@ -142,6 +143,6 @@ def order_table(
     device: str | torch.device = 'cpu',  # where the table is wanted
 ) -> Tensor:  # (K, L) int64; cached and shared, not to be written to
     "The orders of a layer's directions, stacked; raises `ValueError` for an unknown direction or padding."
-    args = tuple(directions), height, width, padding, cls_index, flip_cls
+    args = tuple(directions), int(height), int(width), padding, cls_index, flip_cls
     if torch.compiler.is_compiling(): return torch.from_numpy(_table_array(*args)).to(device)
     return _table_tensor(*args, device=torch.device(device))

@@ -24,9 +24,10 @@ class SCAttn(nn.Module):
     ):
         super().__init__()
         if mode not in MODES: raise ValueError(f'mode={mode!r} is unknown: allowed are {MODES}')
-        if not 1 <= reduction <= dim: raise ValueError(f'reduction={reduction} must lie between 1 and dim={dim}')
         self.dim, self.mode = dim, mode
         if mode == 'none': return
+        if not isinstance(reduction, int) or not 1 <= reduction <= dim:
+            raise ValueError(f'reduction={reduction!r} must be an integer between 1 and dim={dim}')
         hidden = dim // reduction
         self.norm = nn.LayerNorm(dim)
         self.global_reduce = nn.Linear(dim, hidden)

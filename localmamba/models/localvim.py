@@ -21,7 +21,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..mixer import VimMixer, layer_directions
+from ..mixer import VimMixer, check_image, check_sizes, layer_directions
 from ..scan import DIRECTIONS
 
 # %% ../../nbs/04_localvim.ipynb #03852927
@@ -55,7 +55,9 @@ def _rope_tables(height, width, dim, pretrained_grid, cls_index, device):
     if cls_index is not None: angles = torch.cat([angles[:cls_index], torch.zeros(1, dim), angles[cls_index:]])
     return angles.cos().to(device), angles.sin().to(device)
 
-_cached_rope_tables = lru_cache(maxsize=64)(_rope_tables)
+@lru_cache(maxsize=64)
+def _cached_rope_tables(*args):
+    with torch.inference_mode(False): return _rope_tables(*args)
 
 # %% ../../nbs/04_localvim.ipynb #6892e19d
 class RMSNorm(nn.RMSNorm):
@@ -111,6 +113,10 @@ class LocalVim(nn.Module):
     ):
         super().__init__()
         if readout not in READOUTS: raise ValueError(f'readout={readout!r} is unknown: allowed are {READOUTS}')
+        check_sizes(embed_dim=embed_dim, depth=depth, in_chans=in_chans, patch_size=patch_size, rope_pretrained_grid=rope_pretrained_grid)
+        if min((img_size, img_size) if isinstance(img_size, int) else img_size) < patch_size:
+            raise ValueError(f'img_size={img_size} must not be smaller than patch_size={patch_size}')
+        if not 0 <= drop_path_rate < 1: raise ValueError(f'drop_path_rate={drop_path_rate} must lie in [0, 1)')
         if embed_dim % 4 and rope: raise ValueError(f'embed_dim={embed_dim} must be a multiple of 4 for rope=True')
         self.num_classes, self.in_chans, self.readout = num_classes, in_chans, readout
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -125,7 +131,7 @@ class LocalVim(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim)) if abs_pos_embed else None
         mixer = dict(d_state=d_state, scattn=scattn, merge=merge, padding=padding, d_conv=d_conv, expand=expand,
                      flip_cls=readout == 'head_cls' if flip_cls is None else flip_cls, search=directions == 'search')
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
         self.layers = nn.ModuleList(Block(embed_dim, rate, directions=d, **mixer) for d, rate in zip(self.directions, rates))
         self.norm_f = RMSNorm(embed_dim, eps=1e-5)
         self.feature_info = [dict(module=f'layers.{i}', num_chs=embed_dim, reduction=patch_size) for i in range(depth)]
@@ -166,7 +172,8 @@ def resized_pos_embed(self: LocalVim,
 def embed(self: LocalVim,
     x: Tensor,  # (B, in_chans, height, width) image
 ) -> tuple[Tensor, tuple[int, int], int | None]:  # (B, T, D) tokens in fp32, their grid, the class token's index
-    "Patches, class token and position embedding."
+    "Patches, class token and position embedding; raises `ValueError` unless `x` is a batch of images."
+    check_image(x, self.in_chans)
     x = self.patch_embed(x)
     grid = tuple(x.shape[1:3])
     x, index = x.flatten(1, 2), self.cls_index(grid[0] * grid[1])
@@ -260,8 +267,9 @@ def reset_classifier(self: LocalVim,
     global_pool: str | None = None,  # ignored: the read-out is part of the architecture
 ):
     "A new, freshly initialised classifier."
-    self.num_classes = num_classes
-    self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+    if num_classes < 0: raise ValueError(f'num_classes={num_classes} must be 0 (no classifier) or more')
+    self.num_classes, like = num_classes, next(self.parameters())
+    self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes > 0 else nn.Identity()
     if num_classes > 0:
         trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -310,8 +318,8 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create(variant, pretrained=False, **kwargs):
-    return build_model_with_cfg(LocalVim, variant, pretrained, feature_cfg=dict(out_indices=kwargs.pop('out_indices', 4), feature_cls='getter'),
-                                **kwargs)
+    out_indices = kwargs.pop('out_indices', min(4, kwargs.get('depth', 20)))
+    return build_model_with_cfg(LocalVim, variant, pretrained, feature_cfg=dict(out_indices=out_indices, feature_cls='getter'), **kwargs)
 
 # %% ../../nbs/04_localvim.ipynb #3cbed539
 _MIDCLS = dict(readout='mid_cls', rope=False)

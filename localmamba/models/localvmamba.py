@@ -17,7 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..mixer import SS2D, layer_directions
+from ..mixer import SS2D, check_image, check_sizes, layer_directions
 from .localvim import _cfg, expand_directions
 from ..scan import DIRECTIONS
 
@@ -111,11 +111,14 @@ class LocalVMamba(nn.Module):
     ):
         super().__init__()
         if len(dims) != len(depths): raise ValueError(f'dims={tuple(dims)} and depths={tuple(depths)} must name as many stages')
+        check_sizes(in_chans=in_chans, patch_size=patch_size, **{f'dims[{i}]': d for i, d in enumerate(dims)},
+                    **{f'depths[{i}]': d for i, d in enumerate(depths)})
+        if not 0 <= drop_path_rate < 1: raise ValueError(f'drop_path_rate={drop_path_rate} must lie in [0, 1)')
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.num_features = self.head_hidden_size = dims[-1]
         self.directions = layer_directions(directions, sum(depths), candidates)
         mixer = dict(d_state=d_state, scattn=scattn, padding=padding, merge=merge, expand=expand, search=directions == 'search')
-        layers = iter(zip(self.directions, torch.linspace(0, drop_path_rate, sum(depths)).tolist()))
+        layers = iter(zip(self.directions, torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()))
         self.patch_embed = Stem(in_chans, dims[0], patch_size)
         self.layers = nn.ModuleList()
         for dim, depth, out_dim in zip(dims, depths, [*dims[1:], None]):
@@ -129,6 +132,7 @@ class LocalVMamba(nn.Module):
 @patch
 def _stages(self: LocalVMamba, x, last=None):
     "The map at the end of each stage, up to and including stage `last`."
+    check_image(x, self.in_chans)
     x = self.patch_embed(x)
     for stage in self.layers[:None if last is None else last + 1]:
         feature = stage(x)
@@ -181,9 +185,10 @@ def forward_intermediates(self: LocalVMamba,
 def prune_intermediate_layers(self: LocalVMamba, indices=1, prune_norm=False, prune_head=True):
     "Drop what comes after the last of the stages `indices`; returns their indices."
     take, last = feature_take_indices(len(self.layers), indices)
+    if prune_norm or last + 1 < len(self.layers): self.norm = nn.Identity()
     self.layers = self.layers[:last + 1]
     self.layers[-1].downsample = nn.Identity()
-    if prune_norm: self.norm = nn.Identity()
+    self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
     if prune_head: self.reset_classifier(0)
     return take
 
@@ -196,8 +201,9 @@ def reset_classifier(self: LocalVMamba,
     global_pool: str | None = None,  # ignored: the read-out is the average
 ):
     "A new, freshly initialised classifier."
-    self.num_classes = num_classes
-    self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+    if num_classes < 0: raise ValueError(f'num_classes={num_classes} must be 0 (no classifier) or more')
+    self.num_classes, like = num_classes, next(self.parameters())
+    self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes > 0 else nn.Identity()
     if num_classes > 0:
         trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)

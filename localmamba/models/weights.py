@@ -7,6 +7,7 @@ __all__ = ['released_layout', 'to_released', 'read_checkpoint', 'load_released']
 
 # %% ../../nbs/06_weights.ipynb #4db22f9c
 import argparse
+import pickle
 import re
 from pathlib import Path
 
@@ -59,7 +60,11 @@ def released_layout(
     model: nn.Module,  # a `LocalVim` or a `LocalVMamba`
     flavour: str = 'localmamba',  # whose names: `'localmamba'` (also VMamba v0's) or `'vim'`
 ) -> dict[str, tuple[list[str], tuple]]:  # our name -> (released names to stack, shape of each)
-    "Where each of our parameters stands in a released file; raises `TypeError` for another model."
+    "Where each of our parameters stands in a released file; raises `TypeError` for another model, `ValueError` for names it cannot have."
+    if flavour not in ('localmamba', 'vim'): raise ValueError(f"flavour={flavour!r} is unknown: allowed are 'localmamba' and 'vim'")
+    if flavour == 'vim' and isinstance(model, LocalVim) and not _is_vim(model):
+        raise ValueError("these names are Vim's, with directions ('h', 'h_flip') in every layer and no SCAttn; "
+                         f"the model has {model.directions[0]} and scattn={model.layers[0].mixer.attn.mode!r}")
     if isinstance(model, LocalVMamba): return _vmamba_layout(model, flavour)
     if isinstance(model, LocalVim): return _vim_layout(model, flavour)
     raise TypeError(f'model is a {type(model).__name__}: released weights exist for LocalVim and LocalVMamba')
@@ -69,10 +74,10 @@ def _is_vim(model):
     return isinstance(model, LocalVim) and all(tuple(d) == ('h', 'h_flip') for d in model.directions) and model.layers[0].mixer.attn.mode == 'none'
 
 
-def _rope_buffers(model):
+def _rope_buffers(model, grid=None):
     "The rotation tables that released files carry as buffers; we compute them."
     if not getattr(model, 'rope', False): return {}
-    angles = rope_angles(*model.grid_size, model.embed_dim, model.rope_pretrained_grid)
+    angles = rope_angles(*(grid or model.grid_size), model.embed_dim, model.rope_pretrained_grid)
     return {'rope.freqs_cos': angles.cos(), 'rope.freqs_sin': angles.sin()}
 
 # %% ../../nbs/06_weights.ipynb #8ad3b60e
@@ -85,7 +90,7 @@ def to_released(
     state, released = model.state_dict(), _rope_buffers(model)
     for name, (parts, shape) in released_layout(model, flavour).items():
         pieces = [state[name]] if len(parts) == 1 and state[name].numel() == torch.Size(shape).numel() else state[name].unbind()
-        for part, piece in zip(parts, pieces): released[part] = piece.reshape(shape).clone()
+        for part, piece in zip(parts, pieces, strict=True): released[part] = piece.reshape(shape).clone()
     return released
 
 # %% ../../nbs/06_weights.ipynb #e069c1a5
@@ -95,13 +100,21 @@ def read_checkpoint(
 ) -> dict[str, Tensor]:
     "The state dict inside a checkpoint; raises `ValueError` if there is none."
     if not Path(path).is_file(): raise FileNotFoundError(f'no checkpoint at {path}')
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        content = torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f'{path} is damaged or holds more than tensors, and nothing in it is executed: '
+                         f'{str(error).splitlines()[0][:150]}') from error
+    return _weights_in(content, path, ema)
+
+def _weights_in(content, where, ema):
+    "The state dict in what a checkpoint holds."
     for key in (['ema_model'] if ema else []) + ['state_dict', 'model', 'ema_model']:
         if isinstance(content, dict) and isinstance(content.get(key), dict): return _strip_prefix(content[key])
     if isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values()): return _strip_prefix(content)
     found = list(content)[:8] if isinstance(content, dict) else type(content).__name__
-    raise ValueError(f"{path} holds no weights: 'state_dict', 'model', 'ema_model' or a plain state dict expected, found {found}")
+    raise ValueError(f"{where} holds no weights: 'state_dict', 'model', 'ema_model' or a plain state dict expected, found {found}")
 
 def _strip_prefix(state): return {name.removeprefix('module.'): value for name, value in state.items()}
 
@@ -118,40 +131,51 @@ def load_released(
     model: nn.Module,  # a `LocalVim` or a `LocalVMamba`, built with the directions of the checkpoint
     source: str | Path | dict[str, Tensor],  # a checkpoint file, or a state dict under released names
     ema: bool = True,  # see `read_checkpoint`
+    grid: tuple[int, int] | None = None,  # rows and columns of the file's position embedding, if it could be read in two ways
 ) -> nn.Module:  # the model, for chaining
     "Load weights of LocalMamba, Vim or VMamba v0, strictly; raises `ValueError` listing what is missing, unexpected or of another shape."
-    state = dict(source) if isinstance(source, dict) else read_checkpoint(source, ema)
+    if not isinstance(source, (dict, str, Path)): raise TypeError(f'source is a {type(source).__name__}: a path or a state dict expected')
+    state = _weights_in(dict(source), 'source', ema) if isinstance(source, dict) else read_checkpoint(source, ema)
     flavour = 'vim' if any(name.endswith('.A_b_log') for name in state) else 'localmamba'
     layout, own = released_layout(model, flavour), model.state_dict()
     tables = {name: state.pop(name) for name in list(state) if name.startswith('rope.freqs_')}
-    if 'pos_embed' in state and 'pos_embed' in own: state['pos_embed'] = _fit_pos_embed(model, state['pos_embed'])
+    if isinstance(model, LocalVim): _fit_grid(model, state, tables, grid)
     wanted = {part: tuple(shape) for parts, shape in layout.values() for part in parts}
     problems = {
-        'missing': [name for name in wanted if name not in state],
+        'missing': [name for name in wanted if name not in state] + [name for name in _rope_buffers(model) if name not in tables],
         'unexpected': [name for name in state if name not in wanted],
         'of another shape': [f'{name} {tuple(state[name].shape)} instead of {shape}' for name, shape in wanted.items()
                              if name in state and tuple(state[name].shape) != shape]}
+    if tables and not getattr(model, 'rope', False): problems['rotation tables for a model with rope=False'] = list(tables)
     if any(problems.values()): _refuse(model, problems)
-    _check_rope(model, tables)
     model.load_state_dict({name: torch.stack([state[p] for p in parts]).reshape(own[name].shape) for name, (parts, _) in layout.items()})
     return model
 
 # %% ../../nbs/06_weights.ipynb #294b34a1
-def _fit_pos_embed(model, pos):
-    "The file's position embedding on the model's grid (bicubic); files are made on square grids."
-    index = model.num_prefix_tokens
-    side = round((pos.shape[1] - index) ** 0.5)
-    if pos.ndim != 3 or pos.shape[1] == model.pos_embed.shape[1] or side * side != pos.shape[1] - index: return pos
-    at = model.cls_index(side * side)
-    cls = pos[:, :0] if at is None else pos[:, at:at+1]
-    patches = pos if at is None else torch.cat([pos[:, :at], pos[:, at+1:]], 1)
-    patches = resample_abs_pos_embed(patches, list(model.grid_size), [side, side], num_prefix_tokens=0, antialias=False)
-    at = model.cls_index(patches.shape[1]) or 0
-    return torch.cat([patches[:, :at], cls, patches[:, at:]], 1)
+def _same_table(ours, theirs):
+    tolerance = 1e-5 if theirs.dtype in (torch.float32, torch.float64) else 1e-2
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs.to(ours), rtol=0, atol=tolerance)
 
-def _check_rope(model, tables):
-    expected = _rope_buffers(model)
-    if tables and not expected: _refuse(model, {'rotation tables for a model with rope=False': list(tables)})
-    for name, table in tables.items():
-        if table.shape == expected[name].shape and not torch.allclose(table, expected[name], atol=1e-5):
-            _refuse(model, {'rotation tables that differ from the model\'s (another rope_pretrained_grid?)': [name]})
+def _file_grid(model, tokens, tables, grid):
+    "Rows and columns of the grid that a file was made on, None if there is no reading."
+    side = round(tokens ** 0.5)
+    readings = [tuple(grid)] if grid else [g for g in dict.fromkeys([tuple(model.grid_size), (side, side)]) if g[0] * g[1] == tokens]
+    if tables and model.rope:
+        readings = [g for g in readings if all(_same_table(ours, tables[name]) for name, ours in _rope_buffers(model, g).items() if name in tables)]
+        if not readings: _refuse(model, {'rotation tables that differ from the model\'s (another rope_pretrained_grid?)': list(tables)})
+    if len(readings) > 1: raise ValueError(f'the position embedding of {tokens} tokens may be one of {readings[0]} or of {readings[1]}: say which by grid=')
+    return readings[0] if readings else None
+
+# %% ../../nbs/06_weights.ipynb #279e0115
+def _fit_grid(model, state, tables, grid):
+    "Put the file's position embedding on the model's grid (bicubic), where grids differ."
+    pos = state.get('pos_embed')
+    if pos is None or pos.ndim != 3 or model.pos_embed is None: return
+    tokens = pos.shape[1] - model.num_prefix_tokens
+    old = _file_grid(model, tokens, tables, grid)
+    if old is None or old == tuple(model.grid_size): return
+    at = model.cls_index(tokens)
+    patches = pos if at is None else torch.cat([pos[:, :at], pos[:, at+1:]], 1)
+    resized = resample_abs_pos_embed(patches, list(model.grid_size), list(old), num_prefix_tokens=0, antialias=False)
+    new = model.cls_index(resized.shape[1])
+    state['pos_embed'] = resized if at is None else torch.cat([resized[:, :new], pos[:, at:at+1], resized[:, new:]], 1)
