@@ -248,6 +248,7 @@ _BACKENDS = {
     'triton': ('localmamba.kernels.gpu', ('cuda',), False),
     'mamba_ssm': (_Differentiable(_mamba_scan, _mamba_conv, _mamba_reason, last_state_grad=False), ('cuda',), False),
 }
+_MISSING = {'localmamba.kernels.gpu': 'the Triton kernels are not part of this version'}
 
 
 @lru_cache
@@ -256,7 +257,9 @@ def _load(name):
     kernels = _BACKENDS[name][0]
     if isinstance(kernels, str):
         try: kernels = importlib.import_module(kernels)
-        except ImportError as error: return None, f'cannot import {kernels}: {error}'
+        except ImportError as error:
+            absent = error.name in (kernels, kernels.rpartition('.')[0])
+            return None, absent and _MISSING.get(kernels) or f'cannot import {kernels}: {error}'
     return kernels, kernels.reason()
 
 
