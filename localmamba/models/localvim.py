@@ -21,7 +21,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..mixer import VimMixer, check_image, check_sizes, layer_directions
+from ..mixer import VimMixer, check_image, check_sizes, layer_directions, new_classifier
 from ..scan import DIRECTIONS
 
 # %% ../../nbs/04_localvim.ipynb #03852927
@@ -267,12 +267,7 @@ def reset_classifier(self: LocalVim,
     global_pool: str | None = None,  # ignored: the read-out is part of the architecture
 ):
     "A new, freshly initialised classifier."
-    if num_classes < 0: raise ValueError(f'num_classes={num_classes} must be 0 (no classifier) or more')
-    self.num_classes, like = num_classes, next(self.parameters())
-    self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes > 0 else nn.Identity()
-    if num_classes > 0:
-        trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+    self.head, self.num_classes = new_classifier(self.num_features, num_classes, next(self.parameters())), num_classes
 
 # %% ../../nbs/04_localvim.ipynb #610f4e36
 @patch

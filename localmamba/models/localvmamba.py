@@ -17,7 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..mixer import SS2D, check_image, check_sizes, layer_directions
+from ..mixer import SS2D, check_image, check_sizes, layer_directions, new_classifier
 from .localvim import _cfg, expand_directions
 from ..scan import DIRECTIONS
 
@@ -201,12 +201,7 @@ def reset_classifier(self: LocalVMamba,
     global_pool: str | None = None,  # ignored: the read-out is the average
 ):
     "A new, freshly initialised classifier."
-    if num_classes < 0: raise ValueError(f'num_classes={num_classes} must be 0 (no classifier) or more')
-    self.num_classes, like = num_classes, next(self.parameters())
-    self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes > 0 else nn.Identity()
-    if num_classes > 0:
-        trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+    self.head, self.num_classes = new_classifier(self.num_features, num_classes, next(self.parameters())), num_classes
 
 # %% ../../nbs/05_localvmamba.ipynb #120b465f
 @patch
