@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUOTED', 'scan_path', 'plot_scan', 'scan_legend', 'plot_scans', 'plot_rows', 'plot_curves', 'Table', 'cell_text',
-           'show_table', 'save_figure']
+           'show_table', 'save_figure', 'direction_style', 'plot_choices', 'plot_weights']
 
 # %% ../nbs/14_figures.ipynb #0f7ec560
 from contextlib import contextmanager
@@ -266,3 +266,66 @@ def save_figure(
     path, figure = Path(path), getattr(figure, 'figure', figure)
     with whole_file(path) as f: figure.savefig(f, format='png', dpi=dpi, metadata={'Software': None})
     return path
+
+# %% ../nbs/14_figures.ipynb #47128c6d
+def direction_style(
+    direction: str, # see `scan_order`
+    candidates=DIRECTIONS, # among which it is shown; windows of different size get different colours
+) -> tuple: # colour, dashes
+    "How a direction is drawn: a colour for its path, dashes for backwards"
+    paths = list(dict.fromkeys(d.removesuffix('_flip') for d in candidates))
+    colours = sns.color_palette('colorblind', len(paths))
+    return colours[paths.index(direction.removesuffix('_flip'))], '--' if direction.endswith('_flip') else '-'
+
+# %% ../nbs/14_figures.ipynb #1220fe11
+def plot_choices(
+    directions, # one tuple a layer
+    candidates=DIRECTIONS, # one row each
+    weights=None, # (layers, K) probabilities; None: all kept ones alike
+    title: str = '', # of the picture
+    ax=None, # Axes to draw on; None: a new figure
+): # the Axes
+    "Which directions each layer keeps, as in Figures 4 and 5 of the paper"
+    unknown = sorted({d for layer in directions for d in layer} - set(candidates))
+    if unknown: raise ValueError(f'directions: {unknown} are not among the candidates {list(candidates)}')
+    if ax is None: ax = plt.subplots(figsize=(1.2 + .28 * len(directions), 2.8), layout='constrained')[1]
+    shade = np.ones((len(directions), len(candidates))) if weights is None else np.asarray(weights, float)
+    top = shade.max() or 1.
+    for layer, kept in enumerate(directions):
+        for row, name in enumerate(candidates):
+            colour, alpha = direction_style(name, candidates)[0], shade[layer, row] / top
+            if name in kept: ax.add_patch(Rectangle((layer - .45, row - .45), .9, .9, fc=(*colour, .25 + .75 * alpha), ec='.2', lw=.6))
+            elif weights is not None: ax.add_patch(Rectangle((layer - .2, row - .2), .4, .4, fc=(*colour, .5 * alpha), lw=0))
+    ax.set(xlim=(-.6, len(directions) - .4), ylim=(len(candidates) - .4, -.6), yticks=range(len(candidates)), yticklabels=candidates,
+           xticks=range(0, len(directions), max(1, len(directions) // 8)), xlabel='layer', title=title)
+    ax.tick_params(length=0, labelsize=8), ax.title.set_fontsize(9), sns.despine(ax=ax, left=True, bottom=True)
+    return ax
+
+# %% ../nbs/14_figures.ipynb #143dc6b6
+def plot_weights(
+    table: pd.DataFrame, # columns epoch, layer, (seed,) and one a candidate
+    candidates=DIRECTIONS, # columns to draw
+    columns: int = 4, # panels a row
+): # the Figure
+    "The weights of the candidates over training: thin lines for the runs, thick ones for their means"
+    _check_columns(table, 'epoch', 'layer', *candidates)
+    layers = sorted(table.layer.unique())
+    columns = min(columns, len(layers))
+    rows = -(-len(layers) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(2.4 * columns + .8, 2 * rows + .7), sharex=True, sharey=True, squeeze=False, layout='constrained')
+    for ax in axes.flat[len(layers):]: ax.axis('off')
+    for layer, ax in zip(layers, axes.flat):
+        part = table[table.layer == layer]
+        ax.axhline(1 / len(candidates), color='.7', lw=.8, zorder=0)
+        for name in candidates:
+            colour, dashes = direction_style(name, candidates)
+            runs = [part] if 'seed' not in part else [part[part.seed == s] for s in part.seed.unique()]
+            if len(runs) > 1:
+                for run in runs: ax.plot(run.epoch, run[name], color=colour, ls=dashes, lw=.6, alpha=.4)
+            mean = part.groupby('epoch')[name].mean()
+            ax.plot(mean.index, mean, color=colour, ls=dashes, lw=1.8, label=name, marker='.' if len(mean) == 1 else None)
+        ax.set_title(f'layer {layer}', fontsize=9), ax.tick_params(labelsize=8), sns.despine(ax=ax)
+    fig.supxlabel('epoch', fontsize=9), fig.supylabel('probability', fontsize=9)
+    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc='outside right upper', fontsize=8, frameon=False, handlelength=2.6)
+    plt.close(fig)
+    return fig
