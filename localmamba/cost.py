@@ -46,7 +46,9 @@ def scan_flops(
     "What the scans, and the convolutions and projections along them, cost."
     E, N, R = mixer.d_inner, mixer.d_state, mixer.dt_rank
     steps = [len(scan_order(d, height, width, mixer.padding)) + extra for d in mixer.directions]
-    if isinstance(mixer, SS2D): return len(steps) * max(steps) * (9*E*N + E + E*(2*R + 2*N))
+    if isinstance(mixer, SS2D):
+        gate_norm = 0 if mixer.attn.mode == 'none' else 5*E*height*width
+        return len(steps) * (max(steps) * (9*E*N + E + E*(2*R + 2*N)) + gate_norm)
     projections = [L * E * (mixer.conv_weight.shape[-1] + 2*R + 2*N) for L in steps]
     scans = sum((9 if convention == 'nine' else 5)*L*E*N + 2*L*E for L in steps)
     return scans + (max(projections) if convention == 'release' else sum(projections))
@@ -65,7 +67,9 @@ def _seen_by_torch(mixer, height, width, extra):
 # %% ../nbs/08_cost.ipynb #385b4ea3
 def _observe(model):
     "Hooks that note the grid of each mixer and the cost of each norm; returns (grids, costs, handles)."
-    grids, norms, gates = [], [], {id(m) for mixer in model.modules() if isinstance(mixer, VimMixer) for m in mixer.modules()}
+    grids, norms, gates = [], [], set()
+    for mixer in (m for m in model.modules() if isinstance(m, ScanMixer)):
+        gates |= {id(m) for m in (mixer if isinstance(mixer, VimMixer) else mixer.attn).modules()}
 
     def mixer(module, args):
         grid = args[0].shape[1:3] if isinstance(module, SS2D) else args[1:3]
@@ -94,7 +98,7 @@ def count_flops(
     finally:
         for module, mode in modes: module.training = mode
         for handle in handles: handle.remove()
-    products = sum(n for op, n in counter.get_flop_counts()['Global'].items() if 'localmamba' not in str(op)) // 2
+    products = sum(n for op, n in counter.get_flop_counts()['Global'].items() if 'directional' not in str(op)) // 2
     return products + sum(norms) + sum(scan_flops(*g, convention) - _seen_by_torch(*g) for g in grids)
 
 # %% ../nbs/08_cost.ipynb #3e2e02a4

@@ -115,6 +115,21 @@ class ScanMixer(nn.Module):
 
     def extra_repr(self): return f'dim={self.dim}, directions={self.directions}, padding={self.padding!r}'
 
+# %% ../nbs/03_mixer.ipynb #8254b295
+@patch
+def _save_to_state_dict(self: ScanMixer, destination, prefix, keep_vars):
+    nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+    metadata = getattr(destination, '_metadata', {})
+    if prefix[:-1] in metadata: metadata[prefix[:-1]]['directions'] = list(self.directions)
+
+@patch
+def _load_from_state_dict(self: ScanMixer, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    given = local_metadata.get('directions')
+    if given is not None and tuple(given) != self.directions:
+        error_msgs.append(f"{prefix[:-1] or type(self).__name__}: the weights belong to directions {', '.join(given)}; "
+                          f"the model has {', '.join(self.directions)}")
+    nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
 # %% ../nbs/03_mixer.ipynb #7832cfbe
 @patch
 def project(self: ScanMixer,
@@ -130,10 +145,11 @@ def merge(self: ScanMixer,
     branches: Tensor,  # (B, K, T, E) scan results in raster order
 ) -> Tensor:  # (B, T, E)
     "Gate the branches and add them up."
-    branches = self.attn(branches.flatten(0, 1)).view_as(branches)
-    if self.alpha is not None:
-        branches = F.layer_norm(branches, (self.d_inner,)) * self.alpha.softmax(0).view(-1, 1, 1)
-    return branches.sum(1) if self.merge_mode == 'sum' else branches.mean(1)
+    if self.alpha is None: merged = self.attn.merge(branches)
+    else:
+        branches = F.layer_norm(self.attn(branches.flatten(0, 1)).view_as(branches), (self.d_inner,))
+        merged = (branches * self.alpha.softmax(0).view(-1, 1, 1)).sum(1)
+    return merged if self.merge_mode == 'sum' else merged / len(self.directions)
 
 # %% ../nbs/03_mixer.ipynb #cd38b0b2
 class VimMixer(ScanMixer):

@@ -248,7 +248,6 @@ _BACKENDS = {
     'triton': ('localmamba.kernels.gpu', ('cuda',), False),
     'mamba_ssm': (_Differentiable(_mamba_scan, _mamba_conv, _mamba_reason, last_state_grad=False), ('cuda',), False),
 }
-_MISSING = {'localmamba.kernels.gpu': 'the Triton kernels are not part of this version'}
 
 
 @lru_cache
@@ -257,9 +256,7 @@ def _load(name):
     kernels = _BACKENDS[name][0]
     if isinstance(kernels, str):
         try: kernels = importlib.import_module(kernels)
-        except ImportError as error:
-            absent = error.name in (kernels, kernels.rpartition('.')[0])
-            return None, absent and _MISSING.get(kernels) or f'cannot import {kernels}: {error}'
+        except ImportError as error: return None, f'cannot import {kernels}: {error}'
     return kernels, kernels.reason()
 
 
@@ -300,18 +297,24 @@ def _chosen(backend, x):
     return _resolve(backend, '' if backend else os.environ.get('LOCALMAMBA_BACKEND', ''), x.device.type, x.dtype)
 
 # %% ../nbs/01_ssm.ipynb #dc1fa66a
-# This notebook defines the operators while the package, which it loads for its kernels, defines them too: each its own.
-_namespace = 'localmamba' if __name__ == 'localmamba.ssm' else 'localmamba_notebook'
-_lib = torch.library.Library(_namespace, 'FRAGMENT')
+def _operators(module, *schemas):
+    "Define operators. A notebook's, beside those of the package that it also loads, are in a namespace of their own."
+    namespace = 'localmamba' if module.startswith('localmamba.') else 'localmamba_notebook'
+    library = torch.library.Library(namespace, 'FRAGMENT')
+    for schema in schemas: library.define(schema)
+    return library, getattr(torch.ops, namespace)
+
+# %% ../nbs/01_ssm.ipynb #3b7b74a8
 _scan_arguments = ('Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, '
                    'Tensor? order, bool delta_softplus, bool along_order, SymInt tokens, str backend')
 _conv_arguments = 'Tensor x, Tensor weight, Tensor? bias, Tensor order, str backend'
-_lib.define(f'directional_scan({_scan_arguments}) -> (Tensor, Tensor, Tensor)')
-_lib.define(f'directional_scan_backward(Tensor? dy, Tensor? dlast_state, {_scan_arguments}, Tensor saved) -> '
-            f"({', '.join(['Tensor'] * 8)})")
-_lib.define(f'directional_conv({_conv_arguments}) -> Tensor')
-_lib.define(f'directional_conv_backward(Tensor dy, {_conv_arguments}) -> (Tensor, Tensor, Tensor)')
-_ops = getattr(torch.ops, _namespace)
+_lib, _ops = _operators(
+    __name__,
+    f'directional_scan({_scan_arguments}) -> (Tensor, Tensor, Tensor)',
+    f'directional_scan_backward(Tensor? dy, Tensor? dlast_state, {_scan_arguments}, Tensor saved) -> '
+    f"({', '.join(['Tensor'] * 8)})",
+    f'directional_conv({_conv_arguments}) -> Tensor',
+    f'directional_conv_backward(Tensor dy, {_conv_arguments}) -> (Tensor, Tensor, Tensor)')
 
 # %% ../nbs/01_ssm.ipynb #5c87e45b
 @torch.compiler.assume_constant_result
@@ -462,20 +465,19 @@ def _without_autocast(op, device, *args):
     with torch.autocast(device, enabled=False): return op(*args)
 
 
-def _register(name, implementation, fake, differentiable=None):
+def _register(library, op, implementation, fake, differentiable=None):
     "Give an operator its implementations; without `differentiable` it can be used in a graph, but not differentiated."
-    op = getattr(_ops, name).default
     differentiable = differentiable or partial(_Once.apply, op)
-    _lib.impl(name, implementation, 'CompositeExplicitAutograd')
-    torch.library.register_fake(f'{_namespace}::{name}', fake, lib=_lib)
-    _lib.impl(name, lambda *args: differentiable(*args) if _wants_grad(args) else _below(op, args), 'Autograd')
-    for device in ('cpu', 'cuda'): _lib.impl(name, partial(_without_autocast, op, device), f'Autocast{device.upper()}')
+    library.impl(op, implementation, 'CompositeExplicitAutograd')
+    torch.library.register_fake(op.name(), fake, lib=library)
+    library.impl(op, lambda *args: differentiable(*args) if _wants_grad(args) else _below(op, args), 'Autograd')
+    for device in ('cpu', 'cuda'): library.impl(op, partial(_without_autocast, op, device), f'Autocast{device.upper()}')
 
 
-_register('directional_scan', _scan_forward, _scan_fake, _Scan.apply)
-_register('directional_scan_backward', _scan_backward, lambda dy, dlast_state, *args: _grads_fake(*args[:8]))
-_register('directional_conv', _conv_forward, _conv_fake, _Conv.apply)
-_register('directional_conv_backward', _conv_backward, lambda dy, *args: _grads_fake(*args[:3]))
+_register(_lib, _ops.directional_scan.default, _scan_forward, _scan_fake, _Scan.apply)
+_register(_lib, _ops.directional_scan_backward.default, _scan_backward, lambda dy, dlast_state, *args: _grads_fake(*args[:8]))
+_register(_lib, _ops.directional_conv.default, _conv_forward, _conv_fake, _Conv.apply)
+_register(_lib, _ops.directional_conv_backward.default, _conv_backward, lambda dy, *args: _grads_fake(*args[:3]))
 
 # %% ../nbs/01_ssm.ipynb #058e046b
 @register_flop_formula(_ops.directional_scan)

@@ -47,7 +47,7 @@ def test_wide_and_tall_images_see_the_same_pixels(name):
     model = timm.create_model(name, directions=('h', 'v'), scattn='none', **({'rope': False, 'abs_pos_embed': False} if 'vim' in name else {})).eval()
     image = torch.randn(2, 3, 24, 40)
     swapped = timm.create_model(name, directions=('v', 'h'), scattn='none', **({'rope': False, 'abs_pos_embed': False} if 'vim' in name else {})).eval()
-    state = model.state_dict()
+    state = dict(model.state_dict())  # a plain dict: the directions differ on purpose
     for key, value in state.items():
         if 'patch_embed.proj.weight' in key or 'conv2d.weight' in key: state[key] = value.mT.contiguous()
         if 'reduction.weight' in key or 'downsample.norm' in key:

@@ -10,7 +10,13 @@ from localmamba.figures import show_table
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT/'README.md', *ROOT.glob('*/README.md'), *sorted((ROOT/'nbs').glob('*.ipynb'))]
-HEADINGS = {'params_m': 'params (M)', 'flops_m_nine': 'MFLOPs', 'top1': 'top-1 (%)', 'paper_top1': 'paper, ImageNet (%)'}
+ACCURACY = dict(names={'params_m': 'params (M)', 'flops_m_nine': 'MFLOPs', 'top1': 'top-1 (%)', 'paper_top1': 'paper, ImageNet (%)',
+                       'seconds_with_search': 'with search (s)'},
+                digits={'params_m': 3, 'flops_m_nine': 2, 'paper_top1': 1, 'epochs': 0, 'seconds': 0, 'seconds_with_search': 0})
+SHOWN = {  # experiment: columns of its table in the README, and how
+    'ablation_scan': (['row', 'directions', 'params_m', 'flops_m_nine', 'top1_mean', 'top1_std', 'seeds', 'paper_top1'], ACCURACY),
+    'ablation_search': (['row', 'epochs', 'top1_mean', 'top1_std', 'seeds', 'runs', 'seconds', 'seconds_with_search'], ACCURACY),
+    'throughput': (['claim', 'target', 'measured'], dict(quoted=(), digits=2))}
 
 
 def text(page):
@@ -19,8 +25,8 @@ def text(page):
 
 
 def results_table(path):
-    columns = ['row', 'directions', 'params_m', 'flops_m_nine', 'top1_mean', 'top1_std', 'seeds', 'paper_top1']
-    return show_table(pd.read_csv(path)[columns], digits={'params_m': 3, 'flops_m_nine': 2, 'paper_top1': 1}, names=HEADINGS).markdown()
+    columns, how = SHOWN[path.relative_to(ROOT).parts[1]]
+    return show_table(pd.read_csv(path)[columns], **how).markdown()
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -8,15 +8,17 @@ __all__ = ['WIDTH', 'VB', 'vec', 'CHUNK', 'GROUP', 'TASK', 'TASKS', 'BATCH', 'DI
            'DELTA', 'A', 'B', 'C', 'SKIP', 'Z', 'BIAS', 'Y', 'DY', 'DU', 'DDELTA', 'DA', 'DB', 'DC', 'DSKIP', 'DZ',
            'DBIAS', 'LAST', 'DLAST', 'CONSTANTS', 'FIELDS', 'DT', 'DTU', 'OUT', 'INPUT', 'GRAD', 'SLOPE', 'GATE',
            'SUM_WA', 'SUM_GB', 'DECAYS', 'HIDDEN', 'ROWS', 'TOKENS', 'ZEROS', 'CONV_STEPS', 'TAPS', 'WEIGHT', 'X', 'DX',
-           'DWEIGHT', 'reason', 'Vec', 'VecModel', 'load', 'store', 'splat', 'load1', 'store1', 'store_index',
-           'load_index', 'load_part', 'gather', 'store_part', 'fma', 'vmax', 'vmin', 'vabs', 'hmax', 'lane_sums',
-           'where_positive', 'next_task', 'times_two_to', 'flush_denormals', 'restore', 'exp2_product', 'clamp', 'exp',
-           'softplus_of', 'sigmoid_of', 'exp_minus', 'softplus', 'sigmoid', 'at', 'read', 'channels', 'read_row',
-           'write', 'constants', 'clear', 'layout', 'chunk_rows', 'pack_lanes', 'unpack_lanes', 'pack_steps', 'decay',
-           'value', 'walk', 'row_of_channels', 'prepare', 'finish', 'in_range', 'general_inputs', 'slot', 'place',
-           'lanes_of', 'pack_group', 'rewalk', 'accumulate', 'walk_back', 'prepare_back', 'finish_back', 'write_steps',
+           'DWEIGHT', 'BRANCHES', 'FACTORS', 'SUMMED', 'POOLED', 'MOMENTS', 'ROWS_A_TASK', 'reason', 'Vec', 'VecModel',
+           'load', 'store', 'splat', 'load1', 'store1', 'store_index', 'load_index', 'load_part', 'gather',
+           'store_part', 'fma', 'vmax', 'vmin', 'vabs', 'hmax', 'lane_sums', 'where_positive', 'next_task',
+           'times_two_to', 'flush_denormals', 'restore', 'exp2_product', 'clamp', 'exp', 'softplus_of', 'sigmoid_of',
+           'exp_minus', 'softplus', 'sigmoid', 'at', 'read', 'channels', 'read_row', 'write', 'constants', 'clear',
+           'layout', 'chunk_rows', 'pack_lanes', 'unpack_lanes', 'pack_steps', 'decay', 'value', 'walk',
+           'row_of_channels', 'prepare', 'finish', 'in_range', 'general_inputs', 'slot', 'place', 'lanes_of',
+           'pack_group', 'rewalk', 'accumulate', 'walk_back', 'prepare_back', 'finish_back', 'write_steps',
            'unpack_gradient', 'write_channels', 'chunk_back', 'saved_shape', 'scan_forward', 'scan_backward',
-           'tap_rows', 'tap_sum', 'conv_gather', 'conv_scatter', 'conv_forward', 'conv_backward']
+           'tap_rows', 'tap_sum', 'conv_gather', 'conv_scatter', 'conv_forward', 'conv_backward', 'keep', 'hsum',
+           'row_moments', 'branch_row_back', 'gate_pool', 'gate_sum', 'gate_factor_backward', 'gate_branch_backward']
 
 # %% ../../nbs/01a_ssm_cpu.ipynb #cdcbe32b
 import inspect, math, operator, os, platform, sys, threading, warnings
@@ -1005,3 +1007,168 @@ def conv_backward(
     _launch(_conv_backward, m, m[BATCH] * m[VECTORS], work, 128 + 2 * VB * (order.shape[1] + taps))
     dbias = None if bias is None else dbias.sum(0).to(bias.dtype)
     return dx.to(x.dtype), dw.sum(0).transpose(1, 2).to(weight.dtype), dbias
+
+# %% ../../nbs/01a_ssm_cpu.ipynb #d291d5fa
+BRANCHES, FACTORS, SUMMED, POOLED, MOMENTS = U, DELTA, Y, Z, B   # the gate's names for fields of the same table
+ROWS_A_TASK = 64   # tokens of a task of the sum
+
+@_op(vec, _i64)
+def keep(builder, v, lanes): return builder.select(_mask(builder, lanes), v, ir.Constant(_VECTOR, [0.0] * WIDTH))
+
+@_op(vec, result=_f32)
+def hsum(builder, a):
+    kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _VECTOR])
+    name = f'llvm.vector.reduce.fadd.v{WIDTH}f32'
+    f = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(f, [ir.Constant(ir.FloatType(), 0.0), a], fastmath=('reassoc',))
+
+# %% ../../nbs/01a_ssm_cpu.ipynb #3fb4c36c
+@_jit
+def row_moments(m, p):
+    "Mean and 1 / standard deviation of the channels of one row, eps 1e-5."
+    E, full, lanes = m[CHANNELS], m[CHANNELS] // WIDTH, m[CHANNELS] % WIDTH
+    even, odd, end = splat(0.0), splat(0.0), p + full * VB
+    for v in range(0, full - 1, 2): even, odd = even + load(p + v * VB), odd + load(p + v * VB + VB)
+    if full % 2: even = even + load(end - VB)
+    mean = hsum(even + odd + load_part(end, lanes)) / np.float32(E)
+    x = keep(load_part(end, lanes) - splat(mean), lanes)
+    even, odd = x * x, splat(0.0)
+    for v in range(0, full - 1, 2):
+        x, y = load(p + v * VB) - splat(mean), load(p + v * VB + VB) - splat(mean)
+        even, odd = fma(x, x, even), fma(y, y, odd)
+    if full % 2:
+        x = load(end - VB) - splat(mean)
+        even = fma(x, x, even)
+    return mean, np.float32(1) / np.sqrt(hsum(even + odd) / np.float32(E) + np.float32(1e-5))
+
+def _pool_forward(m, scratch):
+    "The mean over tokens of each branch's normalised rows, and the rows' moments."
+    sums = (scratch.ctypes.data + 63) // 64 * 64
+    task = next_task(m.ctypes.data)
+    while task < m[TASKS]:
+        b, k = task // m[DIRECTIONS], task % m[DIRECTIONS]
+        clear(sums, m[VECTORS])
+        for t in range(m[STEPS]):
+            p, moments = at(m, BRANCHES, b, k) + t * m[BRANCHES + 3], at(m, MOMENTS, b, k) + t * m[MOMENTS + 3]
+            mean, scale = row_moments(m, p)
+            store1(moments, mean)
+            store1(moments + 4, scale)
+            for v in range(m[VECTORS]):
+                x = read(p + v * VB, lanes_of(m, v)) - splat(mean)
+                store(sums + v * VB, fma(x, splat(scale), load(sums + v * VB)))
+        part = splat(np.float32(1) / np.float32(m[STEPS]))
+        for v in range(m[VECTORS]): write(at(m, POOLED, b, k) + v * VB, part * load(sums + v * VB), lanes_of(m, v))
+        task = next_task(m.ctypes.data)
+
+# %% ../../nbs/01a_ssm_cpu.ipynb #b087774a
+def _sum_forward(m, scratch):
+    "Each token's sum over branches of factor times branch."
+    task = next_task(m.ctypes.data)
+    while task < m[TASKS]:
+        b, chunk = task // m[CHUNKS], task % m[CHUNKS]
+        for t in range(chunk * ROWS_A_TASK, min((chunk + 1) * ROWS_A_TASK, m[STEPS])):
+            for v in range(m[VECTORS]):
+                x, lanes = splat(0.0), lanes_of(m, v)
+                for k in range(m[DIRECTIONS]):
+                    branch = read(at(m, BRANCHES, b, k) + t * m[BRANCHES + 3] + v * VB, lanes)
+                    x = fma(read(at(m, FACTORS, b, k) + v * VB, lanes), branch, x)
+                write(m[SUMMED] + b * m[SUMMED + 1] + t * m[SUMMED + 3] + v * VB, x, lanes)
+        task = next_task(m.ctypes.data)
+
+# %% ../../nbs/01a_ssm_cpu.ipynb #5d877da1
+def _factor_backward(m, scratch):
+    "The gradient of the factors."
+    sums = (scratch.ctypes.data + 63) // 64 * 64
+    task = next_task(m.ctypes.data)
+    while task < m[TASKS]:
+        b, k = task // m[DIRECTIONS], task % m[DIRECTIONS]
+        clear(sums, m[VECTORS])
+        for t in range(m[STEPS]):
+            p, dy = at(m, BRANCHES, b, k) + t * m[BRANCHES + 3], m[DY] + b * m[DY + 1] + t * m[DY + 3]
+            for v in range(m[VECTORS]):
+                x = read(p + v * VB, lanes_of(m, v))
+                store(sums + v * VB, fma(read(dy + v * VB, lanes_of(m, v)), x, load(sums + v * VB)))
+        for v in range(m[VECTORS]): write(at(m, DSKIP, b, k) + v * VB, load(sums + v * VB), lanes_of(m, v))
+        task = next_task(m.ctypes.data)
+
+# %% ../../nbs/01a_ssm_cpu.ipynb #ef0a541b
+@_jit
+def branch_row_back(m, b, k, t, mean_p):
+    "The gradient of one row of a branch."
+    p, out = at(m, BRANCHES, b, k) + t * m[BRANCHES + 3], at(m, DU, b, k) + t * m[DU + 3]
+    dy, moments = m[DY] + b * m[DY + 1] + t * m[DY + 3], at(m, MOMENTS, b, k) + t * m[MOMENTS + 3]
+    pooled, factors = at(m, POOLED, b, k), at(m, FACTORS, b, k)
+    mean, scale, dot = splat(load1(moments)), load1(moments + 4), splat(0.0)
+    for v in range(m[VECTORS]):   # the lanes that pad pooled are zero
+        dot = fma(read(p + v * VB, lanes_of(m, v)) - mean, read(pooled + v * VB, lanes_of(m, v)), dot)
+    slope = scale * scale * hsum(dot) / np.float32(m[CHANNELS])
+    for v in range(m[VECTORS]):
+        lanes = lanes_of(m, v)
+        g = read(pooled + v * VB, lanes) - splat(mean_p) - splat(slope) * (read(p + v * VB, lanes) - mean)
+        write(out + v * VB, fma(read(factors + v * VB, lanes), read(dy + v * VB, lanes), splat(scale) * g), lanes)
+
+def _branch_backward(m, scratch):
+    "The gradient of the branches."
+    task = next_task(m.ctypes.data)
+    while task < m[TASKS]:
+        b, k = task // m[DIRECTIONS], task % m[DIRECTIONS]
+        total = splat(0.0)
+        for v in range(m[VECTORS]): total = total + read(at(m, POOLED, b, k) + v * VB, lanes_of(m, v))
+        for t in range(m[STEPS]): branch_row_back(m, b, k, t, hsum(total) / np.float32(m[CHANNELS]))
+        task = next_task(m.ctypes.data)
+
+# %% ../../nbs/01a_ssm_cpu.ipynb #2c501fa4
+def _gate_call(f, tasks, **tensors):
+    "Run one of the four kernels above on the tensors it reads and writes, named as its fields."
+    m = [0] * CONSTANTS + _CONSTANTS
+    axes = dict(BRANCHES='bktc', DU='bktc', MOMENTS='bktc', POOLED='bkc', FACTORS='bkc', DSKIP='bkc', SUMMED='btc', DY='btc')
+    batch, K, T, E = tensors['BRANCHES'].shape
+    m[BATCH], m[DIRECTIONS], m[STEPS], m[CHANNELS] = batch, K, T, E
+    m[CHUNKS], m[VECTORS] = -(-T // ROWS_A_TASK), -(-E // WIDTH)
+    for name, x in tensors.items(): _fields(m, globals()[name], x, axes[name])
+    _launch(f, m, tasks(batch, K, m[CHUNKS]), 8 * batch * K * T * m[VECTORS], 128 + VB * (m[VECTORS] + 1))
+
+def _each_branch(batch, K, chunks): return batch * K
+def _each_chunk(batch, K, chunks): return batch * chunks
+
+# %% ../../nbs/01a_ssm_cpu.ipynb #27b2ec0b
+def gate_pool(
+    branches:torch.Tensor, # (Bt, K, T, E)
+) -> tuple[torch.Tensor, torch.Tensor]: # (Bt, K, E), and each row's mean and scale (Bt, K, T, 2)
+    "The mean over tokens of the normalised rows of each branch."
+    branches, (batch, K, T, E) = _rows(branches), branches.shape
+    pooled, moments = torch.empty(batch, K, E), torch.empty(batch, K, T, 2)
+    _gate_call(_pool_forward, _each_branch, BRANCHES=branches, POOLED=pooled, MOMENTS=moments)
+    return pooled, moments
+
+def gate_sum(
+    branches:torch.Tensor, # (Bt, K, T, E)
+    factors:torch.Tensor, # (Bt, K, E)
+) -> torch.Tensor: # (Bt, T, E)
+    "The sum of the branches times their factors."
+    summed = torch.empty(len(branches), *branches.shape[2:])
+    _gate_call(_sum_forward, _each_chunk, BRANCHES=_rows(branches), FACTORS=_rows(factors), SUMMED=summed)
+    return summed.to(branches.dtype)
+
+# %% ../../nbs/01a_ssm_cpu.ipynb #dab2ff93
+def gate_factor_backward(
+    dy:torch.Tensor, # gradient of `gate_sum`'s result, (Bt, T, E)
+    branches:torch.Tensor, # (Bt, K, T, E)
+) -> torch.Tensor: # (Bt, K, E)
+    "The gradient of the factors."
+    dfactors = torch.empty(*branches.shape[:2], branches.shape[3])
+    _gate_call(_factor_backward, _each_branch, BRANCHES=_rows(branches), DY=_rows(dy), DSKIP=dfactors)
+    return dfactors
+
+def gate_branch_backward(
+    dy:torch.Tensor, # gradient of `gate_sum`'s result, (Bt, T, E)
+    dpooled:torch.Tensor, # gradient of `gate_pool`'s, (Bt, K, E)
+    branches:torch.Tensor, # (Bt, K, T, E)
+    factors:torch.Tensor, # (Bt, K, E)
+    moments:torch.Tensor, # from `gate_pool`
+) -> torch.Tensor: # (Bt, K, T, E)
+    "The gradient of the branches, through the sum and through the pooled vector."
+    dbranches, dpooled = torch.empty(branches.shape), dpooled / branches.shape[2]
+    _gate_call(_branch_backward, _each_branch, BRANCHES=_rows(branches), DY=_rows(dy), POOLED=dpooled, FACTORS=_rows(factors),
+               MOMENTS=moments, DU=dbranches)
+    return dbranches.to(branches.dtype)

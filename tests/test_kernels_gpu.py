@@ -1,0 +1,230 @@
+"The GPU kernels against the reference: on a GPU, and in Triton's interpreter in a process of its own."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from localmamba.kernels import gpu
+from localmamba.ssm import backends, directional_conv, directional_conv_ref, directional_scan, directional_scan_ref
+from test_ssm import LAYOUTS, MAMBA_TOLERANCE, contiguous, make, make_order
+
+ROOT, HERE = Path(__file__).resolve().parents[1], Path(__file__).resolve().parent
+DEVICE = 'cpu' if gpu.INTERPRETED else 'cuda'
+runs = pytest.mark.skipif(gpu.reason() is not None, reason=str(gpu.reason()))
+cuda = lambda test: pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')(test))
+
+
+def python(*args, **env):
+    "Output of a new process, in which the interpreter is on only if asked for."
+    env = {**{k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}, 'PYTHONPATH': str(ROOT), **env}
+    done = subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(gpu.INTERPRETED or gpu._missing is not None, reason='in the interpreter already, or no Triton')
+def test_in_the_interpreter():
+    "The tests below that need no GPU."
+    out = python('-m', 'pytest', __file__, '-m', 'not cuda', '-p', 'no:cacheprovider', TRITON_INTERPRET='1')
+    assert ' passed' in out
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    "Several chunks and several blocks of channels on small inputs."
+    monkeypatch.setattr(gpu, 'CHUNK', 4)
+    monkeypatch.setattr(gpu, 'BLOCK', 4)
+
+
+def weights(x): return torch.linspace(-1, 1, x.numel(), dtype=torch.float64).view(x.shape).to(x.device, x.dtype)
+
+
+def stacked(y, last):
+    "A loss whose gradients reach y as slices of a stacked tensor, and the last state as one expanded number."
+    both = torch.stack([y, y.flip(0)], -1)
+    return (both * weights(both)).sum() + last.sum()
+
+
+def run(function, inputs, layout, loss, device, **kwargs):
+    "Output, last state and gradients, on the CPU; the inputs laid out in memory by `layout`."
+    leaves, views = {}, {}
+    for name, x in inputs.items():
+        if x is None: continue
+        base, view = layout(x)
+        leaves[name] = base.to(device).requires_grad_()
+        views[name] = view(leaves[name])
+    kwargs = {k: x.to(device) if k == 'order' else x for k, x in kwargs.items()}
+    y, last = function(**views, **kwargs, return_last_state=True)
+    grads = torch.autograd.grad(loss(y, last), list(leaves.values()), allow_unused=True)
+    grads = {n: g.cpu() for n, g in zip(leaves, grads) if g is not None}
+    return dict(y=y.detach().cpu(), last=last.detach().cpu(), **grads)
+
+
+def compare(inputs, order, layout=contiguous, tol=2e-5, loss=stacked, **kwargs):
+    exact = run(directional_scan_ref, inputs, layout, loss, 'cpu', order=order, **kwargs)
+    if kwargs.get('along_order') and inputs['z'] is None: kwargs['tokens'] = int(order.max()) + 1
+    single = {n: x if x is None else x.float() for n, x in inputs.items()}
+    given = run(directional_scan, single, layout, loss, DEVICE, order=order, backend='triton', **kwargs)
+    for name, x in exact.items():
+        x, atol = x.nan_to_num(), tol * max(1., float(x.nan_to_num().abs().max()))
+        assert given[name].dtype == torch.float32
+        assert_close(given[name].nan_to_num().double(), x, rtol=tol, atol=atol, msg=lambda m: f'{name}: {m}')
+
+
+SMALL = dict(T=7, L=9, D=6, N=3)
+FORMS = [('contiguous', False, False, False, ()), ('contiguous', True, False, False, ()),
+         ('sliced', False, True, False, ('D',)), ('sliced', True, False, True, ('z',)),
+         ('transposed', False, False, True, ('delta_bias',)), ('transposed', True, True, True, ('D', 'z')),
+         ('expanded', False, True, True, ('delta_softplus', 'z')),
+         ('expanded', True, False, False, ('delta_bias', 'D'))]
+
+
+@runs
+@pytest.mark.parametrize('layout,along,const_B,const_C,without', FORMS)
+def test_scan(small_tiles, layout, along, const_B, const_C, without):
+    "Memory layouts, constant or varying B and C, with and without D, z, bias and softplus; padding steps inside."
+    inputs, order = make(along=along, const_B=const_B, const_C=const_C, without=without, **SMALL)
+    compare(inputs, order, LAYOUTS[layout], along_order=along, delta_softplus='delta_softplus' not in without)
+
+
+@runs
+@pytest.mark.parametrize('shared_u,shared_z,layout', [(True, True, 'sliced'), (True, False, 'expanded'),
+                                                      (False, False, 'transposed')])
+def test_shared(small_tiles, shared_u, shared_z, layout):
+    inputs, order = make(K=3, shared_u=shared_u, shared_z=shared_z, **SMALL)
+    compare(inputs, order, LAYOUTS[layout])
+
+
+@runs
+@pytest.mark.parametrize('Bt,K,T,L,D,N', [(1, 1, 1, 1, 1, 1), (1, 2, 3, 3, 1, 16), (1, 1, 16, 18, 3, 2),
+                                          (1, 1, 3, 3, 33, 1)])
+def test_sizes(Bt, K, T, L, D, N):
+    "With the tiles of the GPU."
+    compare(*make(Bt, K, T, L, D, N))
+
+
+@runs
+@pytest.mark.parametrize('loss', [lambda y, last: y.sum(), lambda y, last: last.square().sum()])
+def test_only_one_output_used(small_tiles, loss): compare(*make(**SMALL), loss=loss)
+
+
+@runs
+def test_small_steps_and_long_memory(small_tiles):
+    "Δ from 1e-9 to 100: the softplus keeps its digits, nothing overflows."
+    inputs, order = make(without=('delta_bias', 'z'), **SMALL)
+    inputs['delta'] = torch.linspace(-20, 100, inputs['delta'].numel(), dtype=torch.float64).view(inputs['delta'].shape)
+    compare(inputs, order)
+    inputs['delta'] = inputs['delta'] * 0 - 15
+    inputs['D'] = None
+    exact = directional_scan_ref(order=order, **inputs)
+    single = {n: x.float().to(DEVICE) for n, x in inputs.items() if x is not None}
+    given = directional_scan(order=order.to(DEVICE), backend='triton', **single)
+    assert_close(given.double().cpu(), exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
+
+
+def half_inputs(dtype, **sizes):
+    inputs, order = make(**sizes)
+    inputs = {n: x.to(torch.float32 if n in ('A', 'D', 'delta_bias') else dtype) for n, x in inputs.items()}
+    return inputs, order
+
+
+@runs
+@pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16))
+def test_half(small_tiles, dtype):
+    "The results are those of the rounded inputs, rounded once."
+    inputs, order = half_inputs(dtype, shared_u=True, **SMALL)
+    loss = lambda y, last: (y.to(last.dtype) * weights(y.to(last.dtype))).sum()
+    given = run(directional_scan, inputs, contiguous, loss, DEVICE, order=order, backend='triton')
+    exact = run(directional_scan_ref, {n: x.double() for n, x in inputs.items()}, contiguous, loss, 'cpu', order=order)
+    assert given['y'].dtype == dtype and all(given[n].dtype == x.dtype for n, x in inputs.items())
+    for name, x in exact.items():
+        assert float((given[name].double() - x).norm() / x.norm()) < 4 * torch.finfo(dtype).eps, name
+
+
+@runs
+@pytest.mark.parametrize('taps,bias,layout', [(4, True, 'sliced'), (1, False, 'transposed'), (8, True, 'expanded'),
+                                              (3, False, 'contiguous')])
+def test_conv(small_tiles, taps, bias, layout):
+    g = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    inputs = dict(x=randn(2, 7, 6), weight=randn(2, 6, taps), bias=randn(2, 6) if bias else None)
+    order = make_order(2, 7, 9, g)
+    def both(function):
+        def call(x, weight, bias=None, return_last_state=True, **kwargs):
+            y = function(x, weight, bias, **kwargs)
+            return y, y.new_zeros(())
+        return call
+    exact = run(both(directional_conv_ref), inputs, LAYOUTS[layout], stacked, 'cpu', order=order)
+    single = {n: x if x is None else x.float() for n, x in inputs.items()}
+    given = run(both(directional_conv), single, LAYOUTS[layout], stacked, DEVICE, order=order, backend='triton')
+    for name, x in exact.items(): assert_close(given[name].nan_to_num().double(), x.nan_to_num(), rtol=2e-5, atol=5e-5)
+
+
+@runs
+def test_bit_equal(small_tiles):
+    inputs, order = make(shared_u=True, **SMALL)
+    inputs = {n: x.float() for n, x in inputs.items()}
+    call = lambda: run(directional_scan, inputs, contiguous, stacked, DEVICE, order=order, backend='triton')
+    first, again = call(), call()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+# without a GPU
+
+@pytest.mark.skipif(gpu.reason() is None, reason='the kernels can be used here')
+def test_reason():
+    assert backends()['triton'] == gpu.reason() and ('GPU' in gpu.reason() or 'triton' in gpu.reason())
+    inputs, order = make(**SMALL)
+    with pytest.raises(ValueError, match="backend='triton': needs a GPU|backend='triton': triton cannot"):
+        directional_scan(order=order, backend='triton', **{n: x.float() for n, x in inputs.items()})
+
+
+def test_without_triton():
+    code = "import sys, torch; sys.modules['triton'] = None\nfrom localmamba.ssm import backends; print(backends())"
+    out = python('-c', code)
+    assert 'triton cannot be imported' in out
+
+
+@pytest.mark.skipif(gpu._missing is not None, reason=str(gpu._missing))
+def test_compiles_for_hopper(tmp_path):
+    "For LocalVim's layer no register is spilled; nowhere is there an atomic."
+    if not getattr(gpu.triton.knobs.nvidia.ptxas, 'path', None): pytest.skip('no ptxas in this Triton')
+    out = json.loads(python(str(HERE / 'compile_gpu.py'), TRITON_CACHE_DIR=str(tmp_path)))
+    assert [r['kernel'] for r in out] == ['scan_forward', 'scan_backward'] * 2 + ['conv_forward', 'conv_backward']
+    assert all(r['spilled'] == 0 and r['atomics'] == 0 for r in out)
+
+
+# on a GPU
+
+@cuda
+@pytest.mark.parametrize('dtype', list(MAMBA_TOLERANCE))
+@pytest.mark.parametrize('L,D,N,along,const', [(196, 384, 16, True, False), (1024, 32, 8, False, False),
+                                               (128, 4, 8, False, True)])
+def test_cuda(dtype, L, D, N, along, const):
+    "Within the tolerances of mamba_ssm's own test."
+    inputs, order = half_inputs(dtype, Bt=2, K=4, T=L, L=L, D=D, N=N, along=along, const_B=const)
+    inputs['delta'] = (.5 * torch.rand(inputs['delta'].shape)).to(dtype)
+    inputs['A'] = inputs['A'].clamp(-1, -.01)
+    loss = lambda y, last: (y.to(last.dtype) * weights(y.to(last.dtype))).sum()
+    options = dict(order=order, along_order=along)
+    single = {n: x.float() for n, x in inputs.items()}
+    exact = run(directional_scan_ref, single, contiguous, loss, 'cuda', **options)
+    given = run(directional_scan, inputs, contiguous, loss, 'cuda', **options, backend='triton')
+    rtol, atol = MAMBA_TOLERANCE[dtype]
+    for name, x in exact.items():
+        scale = max(1., float(x.abs().max()))
+        assert_close(given[name].float(), x, rtol=5 * rtol, atol=5 * atol * scale, msg=lambda m: f'{name}: {m}')
+
+
+@cuda
+def test_cuda_bit_equal():
+    inputs, order = half_inputs(torch.bfloat16, Bt=8, K=4, T=196, L=196, D=384, N=16, shared_u=True)
+    loss = lambda y, last: (y.float() * weights(y.float())).sum()
+    call = lambda: run(directional_scan, inputs, contiguous, loss, 'cuda', order=order, backend='triton')
+    first = call()
+    for _ in range(4): assert all(torch.equal(first[name], x) for name, x in call().items())

@@ -1,0 +1,69 @@
+"The throughput notebook at toy size: its records, that a part can be run alone, and what it says without a GPU."
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TINY = ['-y', 'shapes: [[1, 16, 20, 4]]', '-y', 'models: [test_local_vim, test_local_vmamba]', '-y', 'train_models: [test_local_vim]',
+        '-y', 'token_sizes: [32, 64]', '-p', 'compiled', 'False', '-p', 'img_size', '32', '-p', 'batch_size', '2', '-p', 'repeats', '1',
+        '-p', 'max_seconds', '1', '-p', 'threads', '1', '-p', 'device', 'toy', '-p', 'gpu_batch_size', '2']
+
+
+def papermill(folder, *args):
+    (folder/'settings.ini').touch()
+    command = [sys.executable, '-m', 'papermill', ROOT/'nbs/throughput.ipynb', folder/'out.ipynb', '--cwd', folder, '--no-progress-bar', *args]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('toy')
+    done = papermill(folder, *TINY, '-y', 'parts: [scan, models, tokens]')
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder/'results/throughput/toy'
+
+
+def test_every_scan_is_timed(toy):
+    table = pd.read_csv(toy/'table.csv')
+    assert len(table) == 2 * 5 and set(table.passes) == {'forward', 'forward + backward'}
+    assert (table.ms_min > 0).all() and (table.ms_min <= table.ms_median).all() and table.note.isna().all()
+    assert (table[table.scan == 'ours'].times_ours == 1).all()
+
+
+def test_models_layers_and_tokens(toy):
+    models = pd.read_csv(toy/'models.csv')
+    assert set(models.scan) == {'ours', 'ours, bf16', 'backend reference', 'mamba_ssm loop'}
+    assert (models.products_ms < models.ms_median)[models.scan == 'ours'].all()
+    layers = pd.read_csv(toy/'layers.csv')
+    assert len(layers) == 4 and layers.share.between(0, 1).all()
+    assert pd.read_csv(toy/'scaling.csv').tokens.tolist() == [4, 16] * 2
+
+
+def test_figures_and_provenance(toy):
+    for name in ('table', 'models', 'scaling'): assert (toy/f'{name}.png').stat().st_size > 5000
+    environment = json.loads((toy/'env.json').read_text())
+    assert {'table.csv', 'models.csv', 'layers.csv', 'scaling.csv'} == set(environment)
+    assert all({'torch', 'threads', 'load', 'parameters'} <= set(facts) for facts in environment.values())
+    assert str(toy.parents[2]) not in json.dumps(environment)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='this is about machines without a GPU')
+def test_one_part_alone_and_no_gpu(toy, tmp_path):
+    shutil.copytree(toy, tmp_path/'results/throughput/toy')
+    done = papermill(tmp_path, *TINY, '-y', 'parts: [gpu]')
+    assert done.returncode == 0, done.stdout + done.stderr
+    copied = tmp_path/'results/throughput/toy'
+    assert {f.name for f in copied.iterdir()} == {f.name for f in toy.iterdir()}
+    for name in ('table.csv', 'env.json'): assert (copied/name).read_bytes() == (toy/name).read_bytes()
+    assert 'No GPU was used' in (tmp_path/'out.ipynb').read_text()
+
+
+def test_a_wrong_part_is_refused(tmp_path):
+    done = papermill(tmp_path, '-y', 'parts: [memory]')
+    assert done.returncode != 0 and "parts: ['memory'] are unknown; allowed: scan, models, tokens, gpu" in done.stderr
