@@ -11,6 +11,7 @@ import timm
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
+from matplotlib import pyplot as plt
 from torch.testing import assert_close
 
 from localmamba.models.weights import to_released
@@ -166,12 +167,28 @@ def test_ablation_search_takes_the_searches_that_are_there(searches):
     assert (searches/'results/ablation_search/digits/table.png').stat().st_size > 5000
 
 
-@pytest.mark.parametrize('notebook, args', [
-    ('ablation_search', ['-y', 'rows: [searched]', '-p', 'search_epochs', '1']), ('ablation_scan', ['-y', 'rows: [horizontal]'])])
-def test_experiments_take_a_file_of_directions(searches, notebook, args):
+def in_this_process(notebook, **given):
+    "Run the cells of a notebook here, where everything is imported already; returns its names."
+    cells = [c for c in json.loads((ROOT/f'nbs/{notebook}.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
+    space, threads = {'__name__': '__main__'}, torch.get_num_threads()
+    try:
+        for cell in cells:
+            exec(compile(''.join(cell['source']), notebook, 'exec'), space)
+            if 'parameters' in cell['metadata'].get('tags', []):
+                assert given.keys() <= space.keys()
+                space.update(given)
+    finally:
+        torch.set_num_threads(threads)
+        plt.close('all')
+    return space
+
+
+@pytest.mark.parametrize('notebook, given', [('ablation_search', dict(rows=['searched', 'worst'], search_epochs=1)), ('ablation_scan', dict(rows=['local']))])
+def test_experiments_take_a_file_of_directions(searches, notebook, given, monkeypatch):
+    monkeypatch.chdir(searches)
+    plt.switch_backend('agg')
     found = next(searches.glob('results/search_directions/digits/runs/*/directions.json'))
-    small = [a if a != 'seeds: [0, 1]' else 'seeds: [0]' for a in TINY]
-    code, text = papermill(searches, notebook, *small, *args, '-p', 'directions', found)
-    assert code == 0, text
-    given = [json.loads(f.read_text())['directions'] for f in searches.glob(f'results/{notebook}/digits/runs/*/params.json')]
-    assert any(all(isinstance(layer, list) for layer in d) and list(map(tuple, d)) == read_directions(found) for d in given)
+    space = in_this_process(notebook, directions=str(found), n_train=128, n_valid=40, depth=2, embed_dim=16, epochs=1, seeds=[5], **given)
+    assert [tuple(map(tuple, d)) for d in space['frame'].directions if not isinstance(d[0], str)][0] == tuple(read_directions(found))
+    assert len(pd.read_csv(searches/f'results/{notebook}/digits/table.csv')) == 2
+    with pytest.raises(ValueError, match='the model has 3'): in_this_process(notebook, directions=str(found), n_train=128, n_valid=40, depth=3, **given)
