@@ -297,7 +297,7 @@ def plot_choices(
             if name in kept: ax.add_patch(Rectangle((layer - .45, row - .45), .9, .9, fc=(*colour, .25 + .75 * alpha), ec='.2', lw=.6))
             elif weights is not None: ax.add_patch(Rectangle((layer - .2, row - .2), .4, .4, fc=(*colour, .5 * alpha), lw=0))
     ax.set(xlim=(-.6, len(directions) - .4), ylim=(len(candidates) - .4, -.6), yticks=range(len(candidates)), yticklabels=candidates,
-           xticks=range(0, len(directions), max(1, len(directions) // 8)), xlabel='layer', title=title)
+           xticks=range(0, len(directions), max(1, len(directions) // 8)), xlabel='layer', title=title, aspect='equal', anchor='W')
     ax.tick_params(length=0, labelsize=8), ax.title.set_fontsize(9), sns.despine(ax=ax, left=True, bottom=True)
     return ax
 
