@@ -136,7 +136,9 @@ def project(self: ScanMixer,
     u: Tensor,  # (B, K, L, E) what enters the scan, or (B, 1, L, E) if the directions share it
 ) -> tuple[Tensor, Tensor, Tensor]:  # delta (B, K, L, E) before its bias and softplus; B and C (B, K, L, N)
     "The input-dependent parameters of the scan."
-    dt, B, C = (u @ self.x_proj.mT).split([self.dt_rank, self.d_state, self.d_state], -1)
+    if u.shape[1] > 1: projected = u @ self.x_proj.mT
+    else: projected = F.linear(u[:, 0], self.x_proj.flatten(0, 1)).unflatten(-1, self.x_proj.shape[:2]).transpose(1, 2)
+    dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], -1)
     return dt @ self.dt_proj.mT, B, C
 
 # %% ../nbs/03_mixer.ipynb #7e0594d9
