@@ -716,7 +716,7 @@ def _team():
     "GNU OpenMP's entry that runs a C function on PyTorch's threads; None where PyTorch has no such library."
     try:
         with open('/proc/self/maps') as maps: loaded = {line.split()[-1] for line in maps if 'libgomp' in line}
-        library = ctypes.CDLL(max(loaded, key=lambda path: 'torch' in path))
+        library = ctypes.CDLL(max(loaded, key=lambda path: path.startswith(os.path.dirname(torch.__file__))))
         parallel = library.GOMP_parallel
     except (OSError, ValueError, AttributeError): return None
     parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
