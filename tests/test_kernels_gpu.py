@@ -118,7 +118,7 @@ def test_small_steps_and_long_memory(small_tiles):
     "Δ from 1e-9 to 100: the softplus keeps its digits, nothing overflows."
     inputs, order = make(without=('delta_bias', 'z'), **SMALL)
     inputs['delta'] = torch.linspace(-20, 100, inputs['delta'].numel(), dtype=torch.float64).view(inputs['delta'].shape)
-    compare(inputs, order)
+    compare(inputs, order, tol=5e-4)  # the gradient of A: see 01b, section 4
     inputs['delta'] = inputs['delta'] * 0 - 15
     inputs['D'] = None
     exact = directional_scan_ref(order=order, **inputs)

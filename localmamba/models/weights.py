@@ -9,6 +9,7 @@ __all__ = ['released_layout', 'to_released', 'read_checkpoint', 'load_released']
 import argparse
 import pickle
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -116,7 +117,11 @@ def _weights_in(content, where, ema):
     found = list(content)[:8] if isinstance(content, dict) else type(content).__name__
     raise ValueError(f"{where} holds no weights: 'state_dict', 'model', 'ema_model' or a plain state dict expected, found {found}")
 
-def _strip_prefix(state): return {name.removeprefix('module.'): value for name, value in state.items()}
+def _strip_prefix(state):
+    "Without the prefix of a parallel wrapper; what a state dict of ours says of its directions stays with it."
+    stripped = OrderedDict((name.removeprefix('module.'), value) for name, value in state.items())
+    stripped._metadata = {name.removeprefix('module.'): value for name, value in getattr(state, '_metadata', {}).items()}
+    return stripped
 
 # %% ../../nbs/06_weights.ipynb #d29bc80e
 def _refuse(model, problems):
