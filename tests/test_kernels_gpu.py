@@ -77,10 +77,8 @@ def compare(inputs, order, layout=contiguous, tol=2e-5, loss=stacked, **kwargs):
 
 
 SMALL = dict(T=5, L=6, D=5, N=2)
-FORMS = [('contiguous', False, False, False, ()), ('contiguous', True, False, False, ()),
-         ('sliced', False, True, False, ('D',)), ('sliced', True, False, True, ('z',)),
-         ('transposed', False, False, True, ('delta_bias',)), ('transposed', True, True, True, ('D', 'z')),
-         ('expanded', False, True, True, ('delta_softplus', 'z')),
+FORMS = [('contiguous', True, False, False, ()), ('sliced', False, True, False, ('D',)), ('sliced', True, False, True, ('z',)),
+         ('transposed', True, True, True, ('D', 'z')), ('expanded', False, True, True, ('delta_softplus', 'z')),
          ('expanded', True, False, False, ('delta_bias', 'D'))]
 
 
