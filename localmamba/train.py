@@ -210,8 +210,9 @@ def status(
     where: str, # how far it is
 ) -> str: # one line
     "What a status line says"
-    said = [label, where] if label else [where]
-    if row: said += [f'loss {row["train_loss"]:.3f}', f'top-1 {row["top1"]:.2f} %', f'{row["seconds"]:.0f} s']
+    said, score = [label, where] if label else [where], {'top1': 'top-1', 'miou': 'mIoU'}
+    if row: said += [f'loss {row["train_loss"]:.3f}', *(f'{word} {row[name]:.2f} %' for name, word in score.items() if row.get(name) is not None),
+                     f'{row["seconds"]:.0f} s']
     return ' · '.join(said)
 
 class OneLine(Callback):
@@ -253,21 +254,23 @@ class Record(Callback):
 
     def before_fit(self): self.active, self.began = False, time.perf_counter() - self.seconds
     def before_train(self): self.active, self.train_sum, self.train_n = True, 0., 0
-    def before_validate(self): self.valid_sum, self.correct, self.valid_n = 0., 0, 0
+    def before_validate(self):
+        self.valid_sum, self.valid_n = 0., 0
+        self.reset()
     def after_batch(self):
         if not self.active: return
         target, n = self.yb[0], len(self.xb[0])
         loss = self.learn.loss.detach().double() * n
         if self.training: self.train_sum, self.train_n = self.train_sum + loss, self.train_n + n
         else:
-            self.correct = self.correct + (self.pred.argmax(-1) == target).sum()
+            self.judge(self.pred, target)
             self.valid_sum, self.valid_n = self.valid_sum + loss, self.valid_n + n
     def after_epoch(self):
         if not self.active: return
         self.seconds = time.perf_counter() - self.began
         row = {'epoch': self.epoch, 'lr': self.opt.opt.param_groups[0]['lr'],
                'train_loss': float(self.train_sum) / self.train_n, 'valid_loss': float(self.valid_sum) / self.valid_n,
-               'top1': 100 * int(self.correct) / self.valid_n, 'seconds': round(self.seconds, 2)}
+               **self.scores(), 'seconds': round(self.seconds, 2)}
         if not math.isfinite(row['valid_loss']):
             raise NonFiniteLoss(f'the validation loss is {row["valid_loss"]} after epoch {self.epoch}; '
                                 f'last good checkpoint: {self.last_good}')
@@ -278,6 +281,13 @@ class Record(Callback):
         self.store.log(row)
         self.store.save_checkpoint(training_state(self.learn))
         self.last_good = f'{self.store.checkpoint_path} (after epoch {self.epoch})'
+
+    # What is measured on the validation set. Other tasks than classification override these four.
+    def reset(self): self.correct = 0
+    def judge(self, pred, target): self.correct = self.correct + (pred.argmax(-1) == target).sum()
+    def scores(self): return {'top1': 100 * int(self.correct) / self.valid_n}
+    def outcome(self): # what goes into metrics.json
+        return {k: v for k, v in self.last_row.items() if k not in ('epoch', 'lr')}
 
 # %% ../nbs/10_train.ipynb #7bedb16a
 def training_state(
@@ -343,6 +353,9 @@ def learner(
     run=None, # where to keep history and checkpoints
     label: str = '', # shown in the progress line
     cbs=(), # further callbacks
+    schedule=None, # callback that sets the learning rate; None: `Schedule`
+    losses=None, # (training, validation) functions of prediction and target; None: cross-entropy
+    record=Record, # made with `run`: what is measured and kept
 ) -> EpochLearner: # `learn.fit(epochs)` trains
     "A fastai Learner with the recipe of the study"
     if amp not in ('none', 'bf16'): raise ValueError(f"amp: got {amp!r}; allowed: 'none', 'bf16'")
@@ -351,8 +364,8 @@ def learner(
     def adamw(params, lr):
         fused = all(p.device.type in ('cpu', 'cuda') for p in model.parameters())
         return OptimWrapper(opt=torch.optim.AdamW(param_groups(model, weight_decay, rule), lr, betas, fused=fused))
-    train_loss, valid_loss = CrossEntropy(label_smoothing), CrossEntropy()
-    own = [Schedule(lr, warmup_epochs, min_lr), LossSwitch(train_loss, valid_loss), FiniteLoss(), Record(run),
+    train_loss, valid_loss = losses or (CrossEntropy(label_smoothing), CrossEntropy())
+    own = [schedule or Schedule(lr, warmup_epochs, min_lr), LossSwitch(train_loss, valid_loss), FiniteLoss(), record(run),
            OneLine(label)]
     if grad_clip: own.append(GradientClip(grad_clip))
     learn = EpochLearner(dls, model, train_loss, adamw, lr, cbs=own + list(cbs), wd_bn_bias=True, train_bn=False)
@@ -391,7 +404,6 @@ def fit(
     except BaseException:
         learn.one_line.stopped()
         raise
-    last = learn.record.last_row
-    metrics = {name: last[name] for name in ('top1', 'valid_loss', 'train_loss', 'seconds')} | (facts or {})
+    metrics = learn.record.outcome() | (facts or {})
     if run is not None: run.finish(metrics)
     return metrics, learn.record.history
