@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['LUMA', 'TRAIN_STRIPS', 'VALID_STRIPS', 'MAX_CROP', 'SUFFIXES', 'VALID_NAMES', 'LAYOUT', 'SPLITS', 'CIFAR10',
-           'DATASETS', 'AUGMENTS', 'ImageSet', 'take', 'subset', 'show_images', 'split_digits', 'legible_colour',
-           'draw_digit', 'crop_photo', 'digit_scenes', 'fit_square', 'image_folder', 'data_dir', 'find_cifar10',
-           'cifar10', 'load_data', 'reflect', 'parse_augment', 'pick', 'erase', 'MemoryLoader', 'channel_stats',
-           'loaders']
+           'DATASETS', 'IGNORE', 'ADE20K_CLASSES', 'ADE20K_COLOURS', 'ADE20K_LAYOUT', 'SPLIT_NAMES',
+           'COCO_SEMANTIC_LAYOUT', 'SCENE_CLASSES', 'SCENE_COLOURS', 'AUGMENTS', 'ImageSet', 'take', 'subset',
+           'show_images', 'split_digits', 'legible_colour', 'draw_digit', 'crop_photo', 'digit_scenes', 'fit_square',
+           'image_folder', 'data_dir', 'find_cifar10', 'cifar10', 'load_data', 'Scene', 'paint_scene', 'scenes',
+           'read_labels', 'CorruptImage', 'LabelledFolder', 'ade20k', 'coco_semantic', 'ade20k_scenes', 'reflect',
+           'parse_augment', 'pick', 'erase', 'MemoryLoader', 'channel_stats', 'loaders']
 
 # %% ../nbs/09_data.ipynb #5472cd3d
-import hashlib, lzma, os, tarfile, tempfile, warnings, zlib
+import colorsys, copy, hashlib, json, lzma, os, tarfile, tempfile, warnings, zlib
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -428,6 +430,271 @@ def load_data(
     if path is None: raise ValueError(f'path: got None; allowed: a folder or archive, for name={name!r}\n{LAYOUT}')
     train, valid = image_folder(path, size)
     return (subset(train, n_train, seed) if n_train else train), (subset(valid, n_valid, seed) if n_valid else valid)
+
+# %% ../nbs/09_data.ipynb #274fe90a
+@dataclass(eq=False)
+class Scene:
+    "Digits on a photograph, and which pixels show them"
+    image: np.ndarray # (H, W, 3) uint8
+    labels: np.ndarray # (n,) digits, 0 to 9, the last one in front
+    masks: np.ndarray # (n, H, W) bool: what can be seen of each
+    soft: np.ndarray # (H, W) bool: edges that belong to none
+    photo: int # which photograph is behind them: 0 china, 1 flower
+
+# %% ../nbs/09_data.ipynb #30eaed87
+def _opacity(digit, place, shape):
+    "The strokes of a digit at (top, left, height, width) of an image, 0 to 1"
+    top, left, height, width = place
+    strokes = Image.fromarray((digit / 16).astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+    whole = np.zeros(shape, np.float32)
+    whole[top:top + height, left:left + width] = np.clip(np.asarray(strokes), 0, 1)
+    return whole
+
+def paint_scene(
+    photo: Image.Image, # what is behind
+    digits: np.ndarray, # (n, 8, 8) grey values from 0 to 16
+    strips: tuple, # (first, last) columns of the photograph that may be used
+    size: tuple, # height and width, pixels
+    digit_size: tuple, # smallest and largest height of a digit, in parts of the shorter side
+    contrast: float, # least difference in luma between a digit and what is under it
+    rng: np.random.Generator, # draws the crop, places, sizes and colours
+) -> tuple: # (H, W, 3) image from 0 to 1, (n, H, W) opacity of each digit
+    "Digits at random places of a random crop, each over the ones before it"
+    (h, w), side = size, max(size)
+    square, _ = crop_photo(photo, strips, side, rng)
+    top, left = (side - h) // 2, (side - w) // 2
+    image, opacity = square[top:top + h, left:left + w].copy(), []
+    for digit in digits:
+        height = max(4, round(min(size) * rng.uniform(*digit_size)))
+        width = min(w, max(3, round(height * rng.uniform(0.8, 1.1))))
+        place = int(rng.integers(0, h - height + 1)), int(rng.integers(0, w - width + 1)), height, width
+        alpha = _opacity(digit, place, size)[..., None]
+        image += alpha * (legible_colour((image * alpha).sum((0, 1)) / alpha.sum(), contrast, rng) - image)
+        opacity.append(alpha[..., 0])
+    return image, np.stack(opacity)
+
+# %% ../nbs/09_data.ipynb #ed5d9967
+def scenes(
+    n: int, # how many
+    train: bool = True, # from the training digits and strips of the photographs, else from those of validation
+    size: tuple = (96, 128), # height and width, pixels
+    n_digits: tuple = (2, 4), # fewest and most digits
+    digit_size: tuple = (0.35, 0.6), # smallest and largest height of a digit, in parts of the shorter side
+    contrast: float = 0.4, # least difference in luma between a digit and what is under it, 0 to 0.5
+    seed: int = 0, # decides everything; split as in `digit_scenes`
+): # yields `Scene`s
+    "Scenes of several digits, one after the other"
+    if min(size) < 32: raise ValueError(f'size: got {size}; allowed: two numbers of at least 32 pixels')
+    if not 1 <= n_digits[0] <= n_digits[1]: raise ValueError(f'n_digits: got {n_digits}; allowed: 1 or more, the smaller number first')
+    _check_scenes(min(size), 10, 10, 0.2, digit_size, contrast)
+    bundled, photos = load_digits(), [Image.fromarray(photo) for photo in load_sample_images().images]
+    chosen = split_digits(bundled.target, 0.2, np.random.default_rng([seed, 0]))[0 if train else 1]
+    for i in range(n):
+        rng = np.random.default_rng([seed, 3 + train, i])
+        index, which = rng.choice(chosen, rng.integers(n_digits[0], n_digits[1] + 1)), int(rng.integers(0, len(photos)))
+        image, opacity = paint_scene(photos[which], bundled.images[index], TRAIN_STRIPS if train else VALID_STRIPS,
+                                     tuple(size), digit_size, contrast, rng)
+        front = np.where((opacity >= 0.5).any(0), len(index) - 1 - (opacity >= 0.5)[::-1].argmax(0), -1)
+        masks = front == np.arange(len(index))[:, None, None]
+        yield Scene(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8), bundled.target[index], masks,
+                    (front < 0) & (opacity > 0.1).any(0), which)
+
+# %% ../nbs/09_data.ipynb #160bd898
+IGNORE = 255 # the label of pixels that count nowhere
+
+_ADE20K = (
+    'wall 787878, building b47878, sky 06e6e6, floor 503232, tree 04c803, ceiling 787850, road 8c8c8c, bed cc05ff, '
+    'windowpane e6e6e6, grass 04fa07, cabinet e005ff, sidewalk ebff07, person 96053d, earth 787846, door 08ff33, '
+    'table ff0652, mountain 8fff8c, plant ccff04, curtain ff3307, chair cc4603, car 0066c8, water 3de6fa, '
+    'painting ff0633, sofa 0b66ff, shelf ff0747, house ff09e0, sea 0907e6, mirror dcdcdc, rug ff095c, field 7009ff, '
+    'armchair 08ffd6, seat 07ffe0, fence ffb806, desk 0aff47, rock ff290a, wardrobe 07ffff, lamp e0ff08, '
+    'bathtub 6608ff, railing ff3d06, cushion ffc207, base ff7a08, box 00ff14, column ff0829, signboard ff0599, '
+    'chest of drawers 0633ff, counter eb0cff, sand a09614, sink 00a3ff, skyscraper 8c8c8c, fireplace fa0a0f, '
+    'refrigerator 14ff00, grandstand 1fff00, path ff1f00, stairs ffe000, runway 99ff00, case 0000ff, '
+    'pool table ff4700, pillow 00ebff, screen door 00adff, stairway 1f00ff, river 0bc8c8, bridge ff5200, '
+    'bookcase 00fff5, blind 003dff, coffee table 00ff70, toilet 00ff85, flower ff0000, book ffa300, hill ff6600, '
+    'bench c2ff00, countertop 008fff, stove 33ff00, palm 0052ff, kitchen island 00ff29, computer 00ffad, '
+    'swivel chair 0a00ff, boat adff00, bar 00ff99, arcade machine ff5c00, hovel ff00ff, bus ff00f5, towel ff0066, '
+    'light ffad00, truck ff0014, tower ffb8b8, chandelier 001fff, awning 00ff3d, streetlight 0047ff, booth ff00cc, '
+    'television receiver 00ffc2, airplane 00ff52, dirt track 000aff, apparel 0070ff, pole 3300ff, land 00c2ff, '
+    'bannister 007aff, escalator 00ffa3, ottoman ff9900, bottle 00ff0a, buffet ff7000, poster 8fff00, stage 5200ff, '
+    'van a3ff00, ship ffeb00, fountain 08b8aa, conveyer belt 8500ff, canopy 00ff5c, washer b800ff, plaything ff001f, '
+    'swimming pool 00b8ff, stool 00d6ff, barrel ff0070, basket 5cff00, waterfall 00e0ff, tent 70e0ff, bag 46b8a0, '
+    'minibike a300ff, cradle 9900ff, oven 47ff00, ball ff00a3, food ffcc00, step ff008f, tank 00ffeb, '
+    'trade name 85ff00, microwave ff00eb, pot f500ff, animal ff007a, bicycle fff500, lake 0abed4, dishwasher d6ff00, '
+    'screen 00ccff, blanket 1400ff, sculpture ffff00, hood 0099ff, sconce 0029ff, vase 00ffcc, traffic light 2900ff, '
+    'tray 29ff00, ashcan ad00ff, fan 00f5ff, pier 4700ff, crt screen 7a00ff, plate 00ffb8, monitor 005cff, '
+    'bulletin board b8ff00, shower 0085ff, radiator ffd600, glass 19c2c2, clock 66ff00, flag 5c00ff')
+
+ADE20K_CLASSES = tuple(entry[:-7] for entry in _ADE20K.split(', '))
+ADE20K_COLOURS = tuple(tuple(bytes.fromhex(entry[-6:])) for entry in _ADE20K.split(', '))
+
+ADE20K_LAYOUT = '''expected layout:
+    images/training/<name>.jpg          annotations/training/<name>.png
+    images/validation/<name>.jpg        annotations/validation/<name>.png
+    classes.json                        only if the classes are not ADE20K's 150: [{"name": ..., "colour": [r, g, b]}, ...]
+An annotation is as large as its image and has one channel of class numbers from 1, 0 for unlabelled.'''
+
+# %% ../nbs/09_data.ipynb #113fb8f2
+def read_labels(
+    path, # of a PNG
+    n_classes: int, # numbers from 0 to n_classes are allowed
+) -> np.ndarray: # (H, W) uint8: 0 to n_classes - 1, or `IGNORE`
+    "The label map of a file; raises `ValueError` for colours and for numbers that are no class"
+    image = _open(path)
+    if image.mode not in ('L', 'P', 'I') and not image.mode.startswith('I;16'):
+        raise ValueError(f'annotation {path}: its pixels are colours or bits (mode {image.mode!r}); allowed: PNGs of one '
+                         'channel of class numbers, 8-bit, 16-bit or with a palette')
+    numbers = np.asarray(image).astype(np.int64)
+    if numbers.size and not (0 <= numbers.min() and numbers.max() <= n_classes):
+        wrong = np.unique(numbers[(numbers < 0) | (numbers > n_classes)])
+        raise ValueError(f'annotation {path}: holds {", ".join(map(str, wrong[:8]))}{", …" if len(wrong) > 8 else ""}; '
+                         f'allowed: 0 (unlabelled) to {n_classes}, one of {n_classes} classes')
+    return np.where(numbers == 0, IGNORE, numbers - 1).astype(np.uint8)
+
+def _open(path):
+    "A decoded image, or an error with its path"
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except FileNotFoundError: raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise CorruptImage(path, e) from e
+
+class CorruptImage(ValueError):
+    "A file that cannot be decoded"
+    def __init__(self, path, why=''): super().__init__(f'corrupt image: {path} ({why})')
+    def __reduce__(self): return ValueError, self.args # loader processes hand errors over as pickles
+
+# %% ../nbs/09_data.ipynb #75b2caf6
+class LabelledFolder:
+    "Images and label maps on disk, read one at a time"
+    def __init__(self,
+        images, # folder of .jpg, .jpeg or .png
+        annotations, # folder of .png of the same names
+        classes, # names of the classes, in label order
+        colours=None, # (r, g, b) of each; None: evenly around the colour circle
+        name: str = 'images', # shown in messages
+        layout: str = ADE20K_LAYOUT, # shown in messages
+    ):
+        self.classes, self.name, self.layout = tuple(classes), name, layout
+        if not 1 <= len(self.classes) < IGNORE: raise ValueError(f'classes: got {len(self.classes)}; allowed: 1 to {IGNORE - 1}')
+        self.colours = tuple(colours or _colour_circle(len(self.classes)))
+        if len(self.colours) != len(self.classes): raise ValueError(f'colours: got {len(self.colours)} for {len(self.classes)} classes')
+        images, annotations = Path(images), Path(annotations)
+        for folder in (images, annotations):
+            if not folder.is_dir(): raise FileNotFoundError(f'path: {folder} does not exist\n{layout}')
+        files, maps = ({f.stem: f for f in sorted(folder.iterdir()) if f.suffix.lower() in suffixes and f.name[0] != '.'}
+                       for folder, suffixes in ((images, SUFFIXES), (annotations, ('.png',))))
+        for odd, words in ((files.keys() - maps.keys(), f'without an annotation in {annotations}'), (maps.keys() - files.keys(), f'without an image in {images}')):
+            if odd: raise ValueError(f'path: {len(odd)} names {words}: {", ".join(sorted(odd)[:5])}{", …" if len(odd) > 5 else ""}\n{layout}')
+        if not files: raise ValueError(f'path: no images in {images}\n{layout}')
+        self.files = [(files[stem], maps[stem]) for stem in sorted(files)]
+
+    def __len__(self): return len(self.files)
+    def __repr__(self): return f'{self.name}: {len(self)} images, {len(self.classes)} classes'
+
+# %% ../nbs/09_data.ipynb #380c9438
+def _colour_circle(n): return [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i / n, (1, 0.6)[i % 2], (1, 0.8, 0.6)[i % 3])) for i in range(n)]
+
+@patch
+def __getitem__(self: LabelledFolder, i):
+    "Image (H, W, 3) uint8 and labels (H, W) uint8"
+    file, annotation = self.files[i]
+    image, labels = np.asarray(_open(file).convert('RGB')), read_labels(annotation, len(self.classes))
+    if image.shape[:2] != labels.shape:
+        raise ValueError(f'annotation {annotation}: has {labels.shape[0]}x{labels.shape[1]} pixels, and {file} has '
+                         f'{image.shape[0]}x{image.shape[1]}; allowed: the same size')
+    return image, labels
+
+@patch
+def size(self: LabelledFolder, i):
+    "Height and width of an image, without decoding it"
+    with Image.open(self.files[i][0]) as image: return image.height, image.width
+
+@patch
+def take(self: LabelledFolder, indices):
+    "The images at `indices`, in that order"
+    part = copy.copy(self)
+    part.files = [self.files[i] for i in indices]
+    return part
+
+# %% ../nbs/09_data.ipynb #4837346b
+SPLIT_NAMES = ('training', 'validation')
+
+def _named_classes(path):
+    "Names and colours of a classes.json; ADE20K's if there is none"
+    if not path.exists(): return ADE20K_CLASSES, ADE20K_COLOURS
+    try:
+        entries = json.loads(path.read_text(encoding='utf-8'))
+        names = tuple(entry['name'] for entry in entries)
+        return names, tuple(tuple(e['colour']) for e in entries) if all('colour' in e for e in entries) else None
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'path: {path} cannot be read ({type(e).__name__}: {e})\n{ADE20K_LAYOUT}') from e
+
+def ade20k(
+    path, # folder `ADEChallengeData2016`, or the one that holds it
+    split: str = 'training', # or 'validation'
+) -> LabelledFolder:
+    "ADE20K's scene parsing data, or any data in its layout"
+    if split not in SPLIT_NAMES: raise ValueError(f'split: got {split!r}; allowed: {", ".join(SPLIT_NAMES)}')
+    path = Path(path)
+    if (path/'ADEChallengeData2016').is_dir(): path = path/'ADEChallengeData2016'
+    if not path.is_dir(): raise FileNotFoundError(f'path: {path} does not exist\n{ADE20K_LAYOUT}')
+    missing = [part for part in ('images', 'annotations') if not (path/part/split).is_dir()]
+    if missing: raise ValueError(f'path: {path} has no {" and no ".join(f"{part}/{split}" for part in missing)}\n{ADE20K_LAYOUT}')
+    return LabelledFolder(path/'images'/split, path/'annotations'/split, *_named_classes(path/'classes.json'), f'{path.name}, {split}')
+
+# %% ../nbs/09_data.ipynb #c1601705
+COCO_SEMANTIC_LAYOUT = '''expected layout:
+    train2017/<name>.jpg        semantic/train2017/<name>.png
+    val2017/<name>.jpg          semantic/val2017/<name>.png
+    semantic/classes.json       [{"id": 1, "name": ...}, ...], ids from 1 without gaps; 0 is unlabelled'''
+
+def coco_semantic(
+    path, # folder with COCO's images and their semantic maps
+    split: str = 'training', # or 'validation'
+) -> LabelledFolder:
+    "COCO's images with one class number a pixel"
+    if split not in SPLIT_NAMES: raise ValueError(f'split: got {split!r}; allowed: {", ".join(SPLIT_NAMES)}')
+    path, part = Path(path), dict(zip(SPLIT_NAMES, ('train2017', 'val2017')))[split]
+    if not (path/'semantic/classes.json').is_file(): raise FileNotFoundError(f'path: {path/"semantic/classes.json"} does not exist\n{COCO_SEMANTIC_LAYOUT}')
+    entries = json.loads((path/'semantic/classes.json').read_text(encoding='utf-8'))
+    if [entry['id'] for entry in entries] != list(range(1, len(entries) + 1)):
+        raise ValueError(f'path: the ids in {path/"semantic/classes.json"} are not 1 to {len(entries)}\n{COCO_SEMANTIC_LAYOUT}')
+    return LabelledFolder(path/part, path/'semantic'/part, [entry['name'] for entry in entries], None, f'{path.name}, {split}', COCO_SEMANTIC_LAYOUT)
+
+# %% ../nbs/09_data.ipynb #8796c747
+SCENE_CLASSES = (*'0123456789', 'temple', 'flower')
+SCENE_COLOURS = tuple(tuple(bytes.fromhex(c)) for c in 'e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 999999 882255 44aa99 ddddcc 332288'.split())
+
+def ade20k_scenes(
+    n_train: int = 400, # training scenes
+    n_valid: int = 100, # validation scenes
+    home=None, # the folder is made in here; None: `data_dir()`
+    seed: int = 0, # see `scenes`
+    **options, # size, n_digits, digit_size and contrast of `scenes`
+) -> Path: # a folder for `ade20k`
+    "Scenes of digits on disk in ADE20K's layout, rendered if they are not there yet"
+    home = Path(data_dir() if home is None else home)
+    key = _fingerprint('scenes 1', n_train, n_valid, seed, sorted((k, repr(v)) for k, v in options.items()))[:8]
+    root = home/f'scenes_ade20k-{key}'
+    if root.is_dir(): return root
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home, prefix='.partial-') as folder:
+        partial = Path(folder)/'set'
+        for split, n in zip(SPLIT_NAMES, (n_train, n_valid)):
+            for kind in ('images', 'annotations'): (partial/kind/split).mkdir(parents=True)
+            for i, scene in enumerate(scenes(n, split == 'training', seed=seed, **options)):
+                labels = np.where(scene.soft, 0, 11 + scene.photo) + ((scene.labels[:, None, None] - 10 - scene.photo) * scene.masks).sum(0)
+                Image.fromarray(scene.image).save(partial/'images'/split/f'{i:06}.jpg', quality=95)
+                Image.fromarray(labels.astype(np.uint8)).save(partial/'annotations'/split/f'{i:06}.png')
+        classes = [{'name': name, 'colour': colour} for name, colour in zip(SCENE_CLASSES, SCENE_COLOURS)]
+        (partial/'classes.json').write_text(json.dumps(classes), encoding='utf-8')
+        try: partial.rename(root)
+        except OSError:
+            if not root.is_dir(): raise
+    return root
 
 # %% ../nbs/09_data.ipynb #d508c529
 def reflect(
