@@ -619,6 +619,17 @@ def take(self: LabelledFolder, indices):
     part.files = [self.files[i] for i in indices]
     return part
 
+@patch
+def readable(self: LabelledFolder):
+    "The images that can be decoded, and so can their label maps; what is left out is counted and the first path shown"
+    def fails(pair):
+        try:
+            for file in pair: _open(file)
+        except CorruptImage as e: return str(e)
+    failed = {i: why for i, pair in enumerate(self.files) if (why := fails(pair))}
+    if failed: print(f"{self.name}: {len(failed)} images left out, the first: {next(iter(failed.values()))}")
+    return self.take(i for i in range(len(self)) if i not in failed)
+
 # %% ../nbs/09_data.ipynb #4837346b
 SPLIT_NAMES = ('training', 'validation')
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUOTED', 'scan_path', 'plot_scan', 'scan_legend', 'plot_scans', 'plot_rows', 'plot_curves', 'Table', 'cell_text',
-           'show_table', 'save_figure', 'direction_style', 'plot_choices', 'plot_weights']
+           'show_table', 'plot_segmentation', 'plot_bars', 'save_figure', 'direction_style', 'plot_choices',
+           'plot_weights']
 
 # %% ../nbs/14_figures.ipynb #0f7ec560
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
+from scipy import ndimage
 from .runs import whole_file
 from .scan import DIRECTIONS, parse_direction, scan_order
 
@@ -255,6 +257,64 @@ def show_table(
         heading = (names or {}).get(name, (names or {}).get(joined, joined))
         cells[f'{heading} †' if name in marked else heading] = text
     return Table(pd.DataFrame(cells), QUOTED if marked else '')
+
+# %% ../nbs/14_figures.ipynb #862e2ed2
+def _named_regions(ax, labels, names, least):
+    "The name of each class, written where its largest region is widest"
+    for c in np.unique(labels[labels < len(names)]):
+        inside = ndimage.distance_transform_edt(np.pad(labels == c, 1))[1:-1, 1:-1]
+        if inside.max() < least * min(labels.shape): continue
+        row, column = np.unravel_index(inside.argmax(), inside.shape)
+        ax.text(column, row, names[c], fontsize=6, ha='center', va='center', color='black', path_effects=[withStroke(linewidth=1.6, foreground='white')])
+
+def plot_segmentation(
+    images, # (H, W, 3) uint8, one a column
+    maps: dict, # name of a row -> label maps (H, W), one an image; labels from len(classes) on are none
+    classes, # names
+    colours, # (r, g, b) from 0 to 255, one a class
+    panel: float = 2.1, # width of a panel, inches
+    named: bool = True, # write names into regions
+): # the Figure
+    "Images above their label maps, with a legend of the classes in view"
+    n, lut = len(images), np.array([*colours, (255, 255, 255)], np.uint8)
+    height = panel * max(image.shape[0] / image.shape[1] for image in images)
+    fig, axes = plt.subplots(1 + len(maps), n, figsize=(n * panel + 1.5, (1 + len(maps)) * (height + .1)), squeeze=False, layout='constrained')
+    for image, ax in zip(images, axes[0]): ax.imshow(image)
+    for (name, labels), row in zip(maps.items(), axes[1:]):
+        for one, ax in zip(labels, row):
+            none = one >= len(classes)
+            ax.imshow(lut[np.where(none, len(classes), one)], interpolation='nearest')
+            if none.any(): ax.contourf(none, levels=[.5, 1.5], colors='none', hatches=['//////'])
+            if named: _named_regions(ax, one, classes, .06)
+    for ax, name in zip(axes[:, 0], ['image', *maps]): ax.set_ylabel(name, fontsize=9)
+    for ax in axes.flat: ax.set(xticks=[], yticks=[]), sns.despine(ax=ax, left=True, bottom=True)
+    view = sorted({int(c) for labels in maps.values() for one in labels for c in np.unique(one) if c < len(classes)})
+    handles = [Patch(fc=lut[c] / 255, ec='.4', lw=.5, label=classes[c]) for c in view]
+    if any((one >= len(classes)).any() for labels in maps.values() for one in labels): handles.append(Patch(fc='white', ec='.4', hatch='//////', lw=.5, label='unlabelled'))
+    fig.legend(handles=handles, loc='outside right upper', fontsize=7, frameon=False, ncols=1 + (len(handles) > 24))
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/14_figures.ipynb #e5d7ac45
+def plot_bars(
+    values: dict, # name -> number; None and NaN are left out
+    label: str = '', # of the axis
+    most: int = 30, # bars; of more values the best and the worst half
+    ax=None, # Axes to draw on; None: a new figure
+): # the Axes
+    "A bar a value, sorted, and their mean"
+    kept = sorted(((v, k) for k, v in values.items() if v is not None and v == v), reverse=True)
+    if not kept: raise ValueError('values: there is no number among them')
+    mean, left_out = np.mean([v for v, _ in kept]), max(0, len(kept) - most)
+    shown = kept if not left_out else kept[:most // 2] + kept[-(most - most // 2):]
+    if ax is None: ax = plt.subplots(figsize=(6.4, .8 + .2 * len(shown)), layout='constrained')[1]
+    ax.barh(range(len(shown)), [v for v, _ in shown], color=sns.color_palette('colorblind')[0], height=.75)
+    ax.axvline(mean, color='.3', ls='--', lw=1)
+    ax.annotate(f'mean {mean:.1f}', (mean, 1), xycoords=('data', 'axes fraction'), fontsize=8, ha='center', va='bottom')
+    ax.set(yticks=range(len(shown)), yticklabels=[k for _, k in shown], ylim=(len(shown) - .4, -.6), xlabel=label)
+    if left_out: ax.axhline(most // 2 - .5, color='.6', lw=1, ls=':'), ax.annotate(f'{left_out} more', (1, most // 2 - .5), xycoords=('axes fraction', 'data'), fontsize=8, ha='right', va='center', backgroundcolor='white')
+    ax.tick_params(axis='y', labelsize=8), sns.despine(ax=ax)
+    return ax
 
 # %% ../nbs/14_figures.ipynb #4a2e8f02
 def save_figure(
