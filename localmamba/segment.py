@@ -245,9 +245,9 @@ RECIPES = {
     'release': dict(iterations=160_000, every=16_000, batch_size=16, crop=512, limits=(2048, 512), ratio=(0.5, 2.0), cat_max_ratio=0.75, mirror=0.5,
                     photometric=True, lr=6e-5, weight_decay=0.01, warmup=1500, power=1.0, aux_weight=0.4, average='pixels', drop_path=0.1,
                     channels=512, aux_channels=256),
-    'scenes': dict(iterations=400, every=100, batch_size=8, crop=96, limits=None, ratio=(0.75, 1.5), cat_max_ratio=1.0, mirror=0.0,
-                   photometric=False, lr=2e-3, weight_decay=0.05, warmup=40, power=1.0, aux_weight=0.4, average='labelled', drop_path=0.0,
-                   channels=64, aux_channels=32),
+    'scenes': dict(iterations=1500, every=250, batch_size=8, crop=64, limits=None, ratio=(0.8, 1.25), cat_max_ratio=1.0, mirror=0.0,
+                   photometric=False, lr=3e-3, weight_decay=0.05, warmup=100, power=1.0, aux_weight=0.4, average='labelled', drop_path=0.0,
+                   channels=48, aux_channels=32),
     'overfit': dict(iterations=300, every=100, batch_size=8, crop=(160, 224), limits=(224, 160), ratio=(1.0, 1.0), cat_max_ratio=1.0, mirror=0.0,
                     photometric=False, lr=2e-3, weight_decay=0.0, warmup=20, power=1.0, aux_weight=0.4, average='labelled', drop_path=0.0,
                     channels=64, aux_channels=32)}
