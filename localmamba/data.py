@@ -610,7 +610,9 @@ def __getitem__(self: LabelledFolder, i):
 @patch
 def size(self: LabelledFolder, i):
     "Height and width of an image, without decoding it"
-    with Image.open(self.files[i][0]) as image: return image.height, image.width
+    try:
+        with Image.open(self.files[i][0]) as image: return image.height, image.width
+    except (OSError, SyntaxError, ValueError) as e: raise CorruptImage(self.files[i][0], e) from e
 
 @patch
 def take(self: LabelledFolder, indices):
