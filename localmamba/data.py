@@ -56,6 +56,9 @@ class ImageSet:
         return f'{self.name}: {n} images of {h}x{w}, {len(self.classes)} classes'
     @property
     def loss_func(self): return CrossEntropyLossFlat() # what fastai's Learner uses unless told otherwise
+    def names(self, indices): # what to call some of the images in a message
+        files = self.sources.get('file')
+        return [f'{self.name}: image {i}' if files is None else str(files[i]) for i in indices]
 
 # %% ../nbs/09_data.ipynb #f573dda4
 def take(
@@ -293,7 +296,7 @@ def _decode(path, found, valid, classes, size, skip_corrupt):
     number, skipped, arrays = {c: i for i, c in enumerate(classes)}, [], {}
     for key, split in (('train', 'train'), ('valid', valid)):
         files = [f for f in found if f[0] == split]
-        images, labels = np.empty((len(files), size, size, 3), np.uint8), []
+        images, labels, kept = np.empty((len(files), size, size, 3), np.uint8), [], []
         for _, cls, name, what in files:
             content = what if isinstance(what, bytes) else Path(path, split, cls, name).read_bytes()
             try: images[len(labels)] = fit_square(Image.open(BytesIO(content)), size)
@@ -301,8 +304,8 @@ def _decode(path, found, valid, classes, size, skip_corrupt):
                 where = f'{path}/{split}/{cls}/{name}'
                 if not skip_corrupt: raise _corrupt(where, e) from e
                 skipped.append(where)
-            else: labels.append(number[cls])
-        arrays[f'{key}_images'], arrays[f'{key}_labels'] = images[:len(labels)], np.array(labels, np.int64)
+            else: labels.append(number[cls]), kept.append(f'{split}/{cls}/{name}')
+        arrays |= {f'{key}_images': images[:len(labels)], f'{key}_labels': np.array(labels, np.int64), f'{key}_files': np.array(kept, dtype=str)}
     return arrays | dict(classes=np.array(classes), skipped=np.array(skipped, dtype=str))
 
 def _corrupt(where, why='it could not be decoded'):
@@ -367,7 +370,8 @@ def _pair(path, arrays, skip_corrupt):
     skipped, classes = tuple(arrays['skipped'].tolist()), tuple(arrays['classes'].tolist())
     if skipped and not skip_corrupt: raise _corrupt(skipped[0])
     if skipped: print(f'{path.name}: {len(skipped)} corrupt images left out, the first {skipped[0]}')
-    return tuple(ImageSet(arrays[f'{k}_images'], arrays[f'{k}_labels'], classes, f'{path.name}, {k}', skipped=skipped)
+    def files(k): return {'file': arrays[f'{k}_files']} if f'{k}_files' in arrays else {}
+    return tuple(ImageSet(arrays[f'{k}_images'], arrays[f'{k}_labels'], classes, f'{path.name}, {k}', files(k), skipped)
                  for k in ('train', 'valid'))
 
 # %% ../nbs/09_data.ipynb #94671487
@@ -481,6 +485,7 @@ def scenes(
     n_digits: tuple = (2, 4), # fewest and most digits
     digit_size: tuple = (0.35, 0.6), # smallest and largest height of a digit, in parts of the shorter side
     contrast: float = 0.4, # least difference in luma between a digit and what is under it, 0 to 0.5
+    kinds: tuple = tuple(range(10)), # which digits; fewer are learnt sooner
     seed: int = 0, # decides everything; split as in `digit_scenes`
 ): # yields `Scene`s
     "Scenes of several digits, one after the other"
@@ -488,7 +493,9 @@ def scenes(
     if not 1 <= n_digits[0] <= n_digits[1]: raise ValueError(f'n_digits: got {n_digits}; allowed: 1 or more, the smaller number first')
     _check_scenes(min(size), 10, 10, 0.2, digit_size, contrast)
     bundled, photos = load_digits(), [Image.fromarray(photo) for photo in load_sample_images().images]
+    if not kinds or set(kinds) - set(range(10)): raise ValueError(f'kinds: got {kinds}; allowed: some of the digits 0 to 9')
     chosen = split_digits(bundled.target, 0.2, np.random.default_rng([seed, 0]))[0 if train else 1]
+    chosen = chosen[np.isin(bundled.target[chosen], kinds)]
     for i in range(n):
         rng = np.random.default_rng([seed, 3 + train, i])
         index, which = rng.choice(chosen, rng.integers(n_digits[0], n_digits[1] + 1)), int(rng.integers(0, len(photos)))
@@ -686,11 +693,13 @@ def ade20k_scenes(
     n_valid: int = 100, # validation scenes
     home=None, # the folder is made in here; None: `data_dir()`
     seed: int = 0, # see `scenes`
+    kinds: tuple = tuple(range(10)), # see `scenes`; these digits and the two photographs are the classes
     **options, # size, n_digits, digit_size and contrast of `scenes`
 ) -> Path: # a folder for `ade20k`
     "Scenes of digits on disk in ADE20K's layout, rendered if they are not there yet"
     home = Path(data_dir() if home is None else home)
-    key = _fingerprint('scenes 1', n_train, n_valid, seed, sorted((k, repr(v)) for k, v in options.items()))[:8]
+    number = {what: i + 1 for i, what in enumerate([*kinds, 10, 11])} # of each class: a digit, or 10 and a photograph
+    key = _fingerprint('scenes 2', tuple(kinds), n_train, n_valid, seed, sorted((k, repr(v)) for k, v in options.items()))[:8]
     root = home/f'scenes_ade20k-{key}'
     if root.is_dir(): return root
     home.mkdir(parents=True, exist_ok=True)
@@ -698,11 +707,12 @@ def ade20k_scenes(
         partial = Path(folder)/'set'
         for split, n in zip(SPLIT_NAMES, (n_train, n_valid)):
             for kind in ('images', 'annotations'): (partial/kind/split).mkdir(parents=True)
-            for i, scene in enumerate(scenes(n, split == 'training', seed=seed, **options)):
-                labels = np.where(scene.soft, 0, 11 + scene.photo) + ((scene.labels[:, None, None] - 10 - scene.photo) * scene.masks).sum(0)
+            for i, scene in enumerate(scenes(n, split == 'training', seed=seed, kinds=kinds, **options)):
+                labels = np.where(scene.soft, 0, number[10 + scene.photo])
+                for digit, mask in zip(scene.labels, scene.masks): labels[mask] = number[int(digit)]
                 Image.fromarray(scene.image).save(partial/'images'/split/f'{i:06}.jpg', quality=95)
                 Image.fromarray(labels.astype(np.uint8)).save(partial/'annotations'/split/f'{i:06}.png')
-        classes = [{'name': name, 'colour': colour} for name, colour in zip(SCENE_CLASSES, SCENE_COLOURS)]
+        classes = [{'name': SCENE_CLASSES[what], 'colour': SCENE_COLOURS[what]} for what in number]
         (partial/'classes.json').write_text(json.dumps(classes), encoding='utf-8')
         try: partial.rename(root)
         except OSError:
@@ -772,7 +782,7 @@ class MemoryLoader:
     n_inp = 1
     def __init__(self,
         dataset: ImageSet, # the images
-        bs: int = 64, # images a batch
+        bs: int = 64, # images a batch, of all processes together
         shuffle: bool = False, # another order each pass
         drop_last: bool = False, # leave out the last, smaller batch
         augment: str = 'none', # see `parse_augment`
@@ -782,6 +792,7 @@ class MemoryLoader:
     ):
         self.dataset, self.bs, self.shuffle, self.drop_last = dataset, bs, shuffle, drop_last
         self.augment, self.parts, self.seed, self.epoch = augment, parse_augment(augment), seed, 0
+        self.rank, self.world = 0, 1
         self.stats = channel_stats(dataset) if stats is None else stats
         self.data = torch.from_numpy(dataset.images).permute(0, 3, 1, 2).contiguous()
         self.target = torch.from_numpy(dataset.labels)
@@ -834,18 +845,32 @@ def generator(self: MemoryLoader, epoch):
 
 @patch
 def __iter__(self: MemoryLoader):
+    if self.drop_last and self.bs % self.world:
+        raise ValueError(f'bs: got {self.bs}; allowed: multiples of {self.world}, the number of processes')
     g = self.generator(self.epoch)
     self.epoch += 1
-    index = torch.randperm(self.n, generator=g) if self.shuffle else torch.arange(self.n)
-    for i in range(len(self)): yield self.batch(index[i * self.bs:(i + 1) * self.bs], g)
+    index = self.order(g)
+    for i in range(len(self)):
+        x, y = self.batch(index[i * self.bs:(i + 1) * self.bs], g)
+        if len(y) > self.rank: yield x[self.rank::self.world], y[self.rank::self.world]
+
+@patch
+def order(self: MemoryLoader, generator):
+    "Which image comes when in a pass"
+    return torch.randperm(self.n, generator=generator) if self.shuffle else torch.arange(self.n)
+
+@patch
+def batch_names(self: MemoryLoader, i):
+    "What batch `i` of the pass that was begun last is made of, in this process"
+    index = self.order(self.generator(self.epoch - 1))[i * self.bs:(i + 1) * self.bs]
+    return self.dataset.names(index[self.rank::self.world].tolist())
 
 # %% ../nbs/09_data.ipynb #422f1e47
 @patch
 def one_batch(self: MemoryLoader):
     "The first batch of the next pass, without starting it"
     g = self.generator(self.epoch)
-    index = torch.randperm(self.n, generator=g) if self.shuffle else torch.arange(self.n)
-    return self.batch(index[:self.bs], g)
+    return self.batch(self.order(g)[:self.bs], g)
 
 @patch
 def show_batch(self: MemoryLoader, b=None, max_n=12, columns=12, **kwargs):

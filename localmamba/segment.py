@@ -246,7 +246,7 @@ RECIPES = {
                     photometric=True, lr=6e-5, weight_decay=0.01, warmup=1500, power=1.0, aux_weight=0.4, average='pixels', drop_path=0.1,
                     channels=512, aux_channels=256),
     'scenes': dict(iterations=1500, every=250, batch_size=8, crop=64, limits=None, ratio=(0.8, 1.25), cat_max_ratio=1.0, mirror=0.0,
-                   photometric=False, lr=3e-3, weight_decay=0.05, warmup=100, power=1.0, aux_weight=0.4, average='labelled', drop_path=0.0,
+                   photometric=False, lr=2e-3, weight_decay=0.05, warmup=100, power=1.0, aux_weight=0.4, average='labelled', drop_path=0.0,
                    channels=48, aux_channels=32),
     'overfit': dict(iterations=300, every=100, batch_size=8, crop=(160, 224), limits=(224, 160), ratio=(1.0, 1.0), cat_max_ratio=1.0, mirror=0.0,
                     photometric=False, lr=2e-3, weight_decay=0.0, warmup=20, power=1.0, aux_weight=0.4, average='labelled', drop_path=0.0,
@@ -379,7 +379,7 @@ class SegmentationLoader:
             raise ValueError(f'batch_size: got {batch_size!r}; allowed: an integer from 1 that the {world} processes can share')
         self.dataset, self.batch_size, self.steps, self.seed, self.workers = dataset, batch_size, steps, seed, workers
         self.transform = transform or (TrainTransform() if steps else EvalTransform())
-        self.device, self.rank, self.world, self.epoch = torch.device(device), rank, world, 0
+        self.device, self.rank, self.world, self.epoch, self.start = torch.device(device), rank, world, 0, 0
     n = property(lambda self: len(self.dataset))
     c = property(lambda self: len(self.dataset.classes))
     def __len__(self): return self.steps or len(self.batches(0))
@@ -407,7 +407,7 @@ def batches(self: SegmentationLoader, epoch):
 
 @patch
 def __iter__(self: SegmentationLoader):
-    batches, self.epoch = self.batches(self.epoch), self.epoch + 1
+    batches, self.epoch, self.start = self.batches(self.epoch)[self.start:], self.epoch + 1, 0
     samples = _Samples(self.dataset, self.transform, self.seed, bool(self.steps))
     for x, y in DataLoader(samples, batch_sampler=batches, num_workers=self.workers, generator=torch.Generator(), pin_memory=self.device.type == 'cuda'):
         yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['READOUTS', 'LOCAL_VIM_SEARCHED', 'default_cfgs', 'rope_angles', 'rotate', 'RMSNorm', 'Block', 'LocalVim',
-           'expand_directions', 'local_vim_tiny', 'local_vim_tiny_unsearched', 'local_vim_tiny_midcls',
-           'local_vim_tiny_supernet', 'local_vim_small', 'local_vim_small_unsearched', 'local_vim_small_midcls',
-           'local_vim_small_supernet', 'vim_tiny', 'vim_tiny_midcls', 'vim_small', 'vim_small_midcls',
-           'vim_base_midcls', 'local_vim_nano', 'test_local_vim']
+           'expand_directions', 'checkpoint_filter_fn', 'local_vim_tiny', 'local_vim_tiny_unsearched',
+           'local_vim_tiny_midcls', 'local_vim_tiny_supernet', 'local_vim_small', 'local_vim_small_unsearched',
+           'local_vim_small_midcls', 'local_vim_small_supernet', 'vim_tiny', 'vim_tiny_midcls', 'vim_small',
+           'vim_small_midcls', 'vim_base_midcls', 'local_vim_nano', 'test_local_vim']
 
 # %% ../../nbs/04_localvim.ipynb #a0982d6a
 from functools import lru_cache
@@ -299,22 +299,33 @@ LOCAL_VIM_SEARCHED = expand_directions(
 
 # %% ../../nbs/04_localvim.ipynb #dcf9f08c
 def _cfg(**kwargs):
-    return dict(url='', num_classes=1000, input_size=(3, 224, 224), pool_size=None, crop_pct=224/256, interpolation='bicubic',
+    return dict(num_classes=1000, input_size=(3, 224, 224), pool_size=None, crop_pct=224/256, interpolation='bicubic',
                 mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), first_conv='patch_embed.proj', classifier='head',
-                license='apache-2.0', **kwargs)
+                license='apache-2.0') | dict(url='') | kwargs
 
+_RELEASED = 'https://github.com/hunto/LocalMamba/releases/download/v1.0.0/'
 _SMALL = dict(input_size=(3, 32, 32), num_classes=10)
 default_cfgs = generate_default_cfgs({
+    'local_vim_tiny.hunto_in1k': _cfg(url=_RELEASED + 'local_vim_tiny.ckpt'),
+    'local_vim_tiny_midcls.hunto_in1k': _cfg(url=_RELEASED + 'local_vim_tiny_middle_cls_token.ckpt'),
     **{name: _cfg() for name in (
-        'local_vim_tiny', 'local_vim_tiny_unsearched', 'local_vim_tiny_midcls', 'local_vim_tiny_supernet',
+        'local_vim_tiny_unsearched', 'local_vim_tiny_supernet',
         'local_vim_small', 'local_vim_small_unsearched', 'local_vim_small_midcls', 'local_vim_small_supernet',
         'vim_tiny', 'vim_tiny_midcls', 'vim_small', 'vim_small_midcls', 'vim_base_midcls')},
     'local_vim_nano': {**_cfg(), **_SMALL}, 'test_local_vim': {**_cfg(), **_SMALL}})
 
 
+def checkpoint_filter_fn(
+    state_dict: dict,  # what a checkpoint file holds
+    model: nn.Module,
+) -> dict:  # under our names
+    "What timm does with a file before it loads it."
+    from localmamba.models.weights import converted # names of released files are the business of a later notebook
+    return converted(model, state_dict)
+
 def _create(variant, pretrained=False, **kwargs):
     out_indices = kwargs.pop('out_indices', min(4, kwargs.get('depth', 20)))
-    return build_model_with_cfg(LocalVim, variant, pretrained, feature_cfg=dict(out_indices=out_indices, feature_cls='getter'), **kwargs)
+    return build_model_with_cfg(LocalVim, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=dict(out_indices=out_indices, feature_cls='getter'), **kwargs)
 
 # %% ../../nbs/04_localvim.ipynb #3cbed539
 _MIDCLS = dict(readout='mid_cls', rope=False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..mixer import SS2D, check_image, check_sizes, layer_directions, new_classifier
-from .localvim import _cfg, expand_directions
+from .localvim import _RELEASED, _cfg, checkpoint_filter_fn, expand_directions
 from ..scan import DIRECTIONS
 
 # %% ../../nbs/05_localvmamba.ipynb #e48dca63
@@ -234,7 +234,8 @@ LOCAL_VMAMBA_SMALL_SEARCHED = expand_directions(
 # %% ../../nbs/05_localvmamba.ipynb #df904d07
 _SMALL_IMAGES = dict(input_size=(3, 32, 32), num_classes=10)
 default_cfgs = generate_default_cfgs({
-    **{name: _cfg() for name in ('local_vmamba_tiny', 'local_vmamba_tiny_supernet', 'local_vmamba_small', 'local_vmamba_small_supernet',
+    'local_vmamba_small.hunto_in1k': _cfg(url=_RELEASED + 'local_vssm_small.ckpt'),
+    **{name: _cfg() for name in ('local_vmamba_tiny', 'local_vmamba_tiny_supernet', 'local_vmamba_small_supernet',
                                  'vmamba_tiny', 'vmamba_small')},
     'local_vmamba_nano': {**_cfg(), **_SMALL_IMAGES}, 'test_local_vmamba': {**_cfg(), **_SMALL_IMAGES}})
 
@@ -242,7 +243,7 @@ default_cfgs = generate_default_cfgs({
 def _create(variant, pretrained=False, **kwargs):
     stages = len(kwargs.get('dims', range(4)))
     feature_cfg = dict(out_indices=kwargs.pop('out_indices', tuple(range(stages))), feature_cls='getter')
-    return build_model_with_cfg(LocalVMamba, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_model_with_cfg(LocalVMamba, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **kwargs)
 
 # %% ../../nbs/05_localvmamba.ipynb #f7623d3e
 _S_DEPTHS, _SUPERNET_DIMS = (2, 2, 27, 2), (32, 64, 128, 256)
