@@ -6,6 +6,7 @@
 __all__ = ['RECIPES', 'recipe', 'differences', 'Mix', 'EMA', 'TopRecord', 'correct', 'transform_options', 'fit_options']
 
 # %% ../nbs/10a_recipe.ipynb #3a3ce5bc
+import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from timm.data import Mixup
@@ -44,9 +45,8 @@ def recipe(
 
 def differences(
     names=tuple(RECIPES), # of recipes
-) -> 'DataFrame': # a line a value that is not the same in all of them
+) -> pd.DataFrame: # a line a value that is not the same in all of them
     "What distinguishes recipes"
-    import pandas as pd
     table = pd.DataFrame({name: RECIPES[name] for name in names})
     return table[[len(set(map(str, row))) > 1 for _, row in table.iterrows()]]
 
