@@ -471,6 +471,7 @@ class EpochLearner(Learner):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
     def all_batches(self):
         self.n_iter, first = len(self.dl), self.first_batch if self.training and self.epoch == self.first_epoch else 0
+        self.iter = first
         if first and hasattr(self.dl, 'start'): self.dl.start = first
         batches = enumerate(self.dl, first if hasattr(self.dl, 'start') else 0)
         if first:
