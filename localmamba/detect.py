@@ -205,6 +205,7 @@ class Detector(nn.Module):
         proposals: int = 1000,  # boxes of an image that go into the heads
         score: float = 0.05,  # least score of a detection
         pad_to: int = 0,  # a square that every image is padded to, as in ViTDet
+        normed: bool | None = None,  # ViTDet's heads, which have norms; None: on a plain backbone
     ):
         super().__init__()
         if num_classes < 1: raise ValueError(f'num_classes={num_classes} must be 1 or more')
@@ -212,14 +213,15 @@ class Detector(nn.Module):
         if plain and len(backbone.strides) > 1: raise ValueError(f'a plain backbone must give one map, not {len(backbone.strides)}: indices=(last block,)')
         self.backbone, self.num_classes, self.in_chans, self.pad_to = backbone, num_classes, backbone.in_chans, pad_to
         strides = [s * backbone.strides[0] // 4 for s in (1, 2, 4, 8)] if plain else list(backbone.strides)
+        normed = plain if normed is None else normed
         if plain: self.pyramid = SimplePyramid(backbone.channels[0], channels)
-        else: self.pyramid = FeaturePyramidNetwork(list(backbone.channels), channels, LastLevelMaxPool())
+        else: self.pyramid = FeaturePyramidNetwork(list(backbone.channels), channels, LastLevelMaxPool(), LayerNorm2d if normed else None)
         self.divisor, strides, names = max(strides), [*strides, 2 * strides[-1]], [str(i) for i in range(len(strides))]
-        self.rpn = Proposals(Anchors(strides, anchor_scale), RPNHead(channels, 3, 2 if plain else 1), 0.7, 0.3, samples[0], 0.5,
+        self.rpn = Proposals(Anchors(strides, anchor_scale), RPNHead(channels, 3, 2 if normed else 1), 0.7, 0.3, samples[0], 0.5,
                              dict(training=2 * proposals, testing=proposals), dict(training=proposals, testing=proposals), 0.7)
         box, mask = (pooling(size, strides[:-1], names, canonical) for size in (7, 14))
-        def box_head(): return nn.Sequential(*normed_convs(channels), nn.Flatten(), nn.Linear(49 * channels, width), nn.ReLU(inplace=True)) if plain else TwoMLPHead(49 * channels, width)
-        mask_head = nn.Sequential(*normed_convs(channels)) if plain else MaskRCNNHeads(channels, (channels,) * 4, 1)
+        def box_head(): return nn.Sequential(*normed_convs(channels), nn.Flatten(), nn.Linear(49 * channels, width), nn.ReLU(inplace=True)) if normed else TwoMLPHead(49 * channels, width)
+        mask_head = nn.Sequential(*normed_convs(channels)) if normed else MaskRCNNHeads(channels, (channels,) * 4, 1)
         n = len(STAGES) if cascade else 1
         self.heads = Heads(box, [box_head() for _ in range(n)], [BoxPredictor(width, num_classes, cascade) for _ in range(n)],
                            mask, mask_head, MaskPredictor(channels, channels, num_classes), samples[1], score)
@@ -321,15 +323,15 @@ class Counted(nn.Module):
 
 # %% ../nbs/11_detect.ipynb #c0d64f2f
 _COCO = dict(epochs=0, iterations=0, drops=(), every=0, batch_size=16, lr=1e-4, weight_decay=0.05, warmup=1000, clip=0.0, augment='resize', limits=(1333, 800), mirror=0.5, drop_path=0.2,
-             pad_to=0, channels=256, width=1024, anchor_scale=8, canonical=224, samples=(256, 512), proposals=1000)
+             pad_to=0, channels=256, width=1024, anchor_scale=8, canonical=224, samples=(256, 512), proposals=1000, normed=None)
 RECIPES = {
     '1x': _COCO | dict(epochs=12, drops=(8, 11)),
     '3x': _COCO | dict(epochs=36, drops=(27, 33), augment='multi-scale'),
     'vitdet': _COCO | dict(iterations=184_375, drops=(163_889, 177_546), every=7375, batch_size=64, warmup=250, clip=35.0, augment='jitter', limits=(1024, 1024), drop_path=0.1, pad_to=1024),
     'scenes': _COCO | dict(iterations=1200, drops=(800, 1080), every=300, batch_size=8, lr=2e-3, warmup=100, clip=10.0, limits=None, mirror=0.0, drop_path=0.0,
-                           channels=48, width=192, anchor_scale=6, canonical=112, samples=(64, 64), proposals=100),
-    'overfit': _COCO | dict(iterations=300, drops=(220, 270), every=100, batch_size=8, lr=1e-3, weight_decay=0.0, warmup=20, clip=10.0, limits=(320, 320), mirror=0.0, drop_path=0.0,
-                            channels=64, width=256, anchor_scale=4, canonical=112, samples=(128, 128), proposals=300)}
+                           channels=48, width=192, anchor_scale=6, canonical=112, samples=(64, 32), proposals=100, normed=True),
+    'overfit': _COCO | dict(iterations=600, drops=(450, 540), every=150, batch_size=4, lr=1e-3, weight_decay=0.0, warmup=30, clip=10.0, limits=(256, 256), mirror=0.0, drop_path=0.0,
+                            channels=48, width=256, anchor_scale=4, canonical=112, samples=(64, 32), proposals=200, normed=True)}
 
 def recipe(
     name: str,  # of `RECIPES`
@@ -355,7 +357,7 @@ def steps(
     epoch = math.ceil(n / settings['batch_size'])
     return dict(iterations=epoch * settings['epochs'], every=epoch, drops=tuple(epoch * d for d in settings['drops']))
 
-def head_options(settings): return {k: settings[k] for k in ('channels', 'width', 'anchor_scale', 'canonical', 'samples', 'proposals', 'pad_to')}
+def head_options(settings): return {k: settings[k] for k in ('channels', 'width', 'anchor_scale', 'canonical', 'samples', 'proposals', 'pad_to', 'normed')}
 
 # %% ../nbs/11_detect.ipynb #4436eb5d
 AUGMENTS = ('resize', 'multi-scale', 'jitter')
