@@ -330,8 +330,8 @@ RECIPES = {
     'vitdet': _COCO | dict(iterations=184_375, drops=(163_889, 177_546), every=7375, batch_size=64, warmup=250, clip=35.0, augment='jitter', limits=(1024, 1024), drop_path=0.1, pad_to=1024),
     'scenes': _COCO | dict(iterations=1200, drops=(800, 1080), every=300, batch_size=8, lr=2e-3, warmup=100, clip=10.0, limits=None, mirror=0.0, drop_path=0.0,
                            channels=48, width=192, anchor_scale=6, canonical=112, samples=(64, 32), proposals=100, normed=True),
-    'overfit': _COCO | dict(iterations=600, drops=(450, 540), every=150, batch_size=4, lr=1e-3, weight_decay=0.0, warmup=30, clip=10.0, limits=(256, 256), mirror=0.0, drop_path=0.0,
-                            channels=48, width=256, anchor_scale=4, canonical=112, samples=(64, 32), proposals=200, normed=True)}
+    'overfit': _COCO | dict(iterations=600, drops=(450, 540), every=100, batch_size=4, lr=1.5e-3, weight_decay=0.0, warmup=30, clip=10.0, limits=(256, 256), mirror=0.0, drop_path=0.0,
+                            channels=32, width=128, anchor_scale=5, canonical=112, samples=(64, 32), proposals=100, normed=True)}
 
 def recipe(
     name: str,  # of `RECIPES`
