@@ -232,8 +232,8 @@ def truth_as_results(
     dataset: CocoFolder,
 ) -> list:  # as of `as_results`, every score 1
     "The instances of a set as if they had been found"
-    return [{'image_id': entry['id'], 'category_id': a['category_id'], 'score': 1., 'bbox': list(a['bbox']), 'segmentation': dict(mask_of(a, (entry['height'], entry['width'])))}
-            for entry, instances in dataset.entries for a in instances if not a.get('iscrowd')]
+    return [{'image_id': entry['id'], 'category_id': a['category_id'], 'score': 1., 'bbox': list(a['bbox']), 'segmentation': {**runs, 'counts': _text(runs['counts'])}}
+            for entry, instances in dataset.entries for a in instances if not a.get('iscrowd') for runs in [mask_of(a, (entry['height'], entry['width']))]]
 
 # %% ../nbs/09b_coco.ipynb #d53e6d7b
 KINDS = {'box': 'bbox', 'mask': 'segm'}

@@ -141,6 +141,9 @@ class Heads(RoIHeads):
         new = self.coders[k].decode(deltas[:, 4:8].detach(), boxes)[:, 0].split([len(b) for b in boxes])
         new = [clip_boxes_to_image(b, size) for b, size in zip(new, sizes)]
         return [b[(b[:, 2:] - b[:, :2] > least).all(1)] for b in new] if least else new
+    def forward(self, features, proposals, sizes, targets=None):
+        losses = {} if targets is None else self.losses(features, proposals, sizes, targets)
+        return None if self.training else self.found(features, proposals, sizes), losses
 
 # %% ../nbs/11_detect.ipynb #13d4c204
 @patch
@@ -179,16 +182,11 @@ def found(self: Heads, features, proposals, sizes):
         logits, deltas = self.predict(k, features, boxes, sizes)
         probability = probability + logits.softmax(-1) / len(self.weights)
         if k + 1 < len(self.weights): boxes = self.moved(k, deltas, boxes, sizes)
-    deltas = deltas * (self.coders[0].weights[0] / self.coders[-1].weights[0])  # `postprocess_detections` has the first head's scale
-    boxes, scores, labels = self.postprocess_detections(probability.log(), deltas, boxes, sizes)
+    if len(self.weights) > 1:  # `postprocess_detections` takes logits, and offsets in the first head's scale
+        logits, deltas = probability.log(), deltas * (self.coders[0].weights[0] / self.coders[-1].weights[0])
+    boxes, scores, labels = self.postprocess_detections(logits, deltas, boxes, sizes)
     logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, sizes)))
     return [dict(boxes=b, scores=s, labels=n, masks=m) for b, s, n, m in zip(boxes, scores, labels, maskrcnn_inference(logits, labels))]
-
-@patch
-def forward(self: Heads, features, proposals, sizes, targets=None):
-    "Detections (None in training) and losses (none without targets)"
-    losses = {} if targets is None else self.losses(features, proposals, sizes, targets)
-    return None if self.training else self.found(features, proposals, sizes), losses
 
 # %% ../nbs/11_detect.ipynb #3b7c2ccc
 class Detector(nn.Module):
@@ -206,6 +204,8 @@ class Detector(nn.Module):
         score: float = 0.05,  # least score of a detection
         pad_to: int = 0,  # a square that every image is padded to, as in ViTDet
         normed: bool | None = None,  # ViTDet's heads, which have norms; None: on a plain backbone
+        convs: int = 4,  # convolutions of a head
+        sampling: int = 2,  # samples of a cell of a pooled box, each way
     ):
         super().__init__()
         if num_classes < 1: raise ValueError(f'num_classes={num_classes} must be 1 or more')
@@ -219,9 +219,9 @@ class Detector(nn.Module):
         self.divisor, strides, names = max(strides), [*strides, 2 * strides[-1]], [str(i) for i in range(len(strides))]
         self.rpn = Proposals(Anchors(strides, anchor_scale), RPNHead(channels, 3, 2 if normed else 1), 0.7, 0.3, samples[0], 0.5,
                              dict(training=2 * proposals, testing=proposals), dict(training=proposals, testing=proposals), 0.7)
-        box, mask = (pooling(size, strides[:-1], names, canonical) for size in (7, 14))
-        def box_head(): return nn.Sequential(*normed_convs(channels), nn.Flatten(), nn.Linear(49 * channels, width), nn.ReLU(inplace=True)) if normed else TwoMLPHead(49 * channels, width)
-        mask_head = nn.Sequential(*normed_convs(channels)) if normed else MaskRCNNHeads(channels, (channels,) * 4, 1)
+        box, mask = (pooling(size, strides[:-1], names, canonical, sampling) for size in (7, 14))
+        def box_head(): return nn.Sequential(*normed_convs(channels, convs), nn.Flatten(), nn.Linear(49 * channels, width), nn.ReLU(inplace=True)) if normed else TwoMLPHead(49 * channels, width)
+        mask_head = nn.Sequential(*normed_convs(channels, convs)) if normed else MaskRCNNHeads(channels, (channels,) * convs, 1)
         n = len(STAGES) if cascade else 1
         self.heads = Heads(box, [box_head() for _ in range(n)], [BoxPredictor(width, num_classes, cascade) for _ in range(n)],
                            mask, mask_head, MaskPredictor(channels, channels, num_classes), samples[1], score)
@@ -240,9 +240,10 @@ def pooling(
     strides,  # of the maps
     names,  # of the maps
     canonical: float,  # side of a box that is pooled from stride 16
+    sampling: int,  # samples of a cell, each way
 ) -> MultiScaleRoIAlign:
     "torchvision's pooling of boxes, with strides that are given; left alone it keeps those it guesses from the first image it sees."
-    pool = MultiScaleRoIAlign(names[:len(strides)], size, 2, canonical_scale=canonical)
+    pool = MultiScaleRoIAlign(names[:len(strides)], size, sampling, canonical_scale=canonical)
     pool.scales = [1 / s for s in strides]
     pool.map_levels = initLevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])), canonical_scale=canonical)
     return pool
@@ -328,8 +329,8 @@ RECIPES = {
     '1x': _COCO | dict(epochs=12, drops=(8, 11)),
     '3x': _COCO | dict(epochs=36, drops=(27, 33), augment='multi-scale'),
     'vitdet': _COCO | dict(iterations=184_375, drops=(163_889, 177_546), every=7375, batch_size=64, warmup=250, clip=35.0, augment='jitter', limits=(1024, 1024), drop_path=0.1, pad_to=1024),
-    'scenes': _COCO | dict(iterations=1200, drops=(800, 1080), every=300, batch_size=8, lr=2e-3, warmup=100, clip=10.0, limits=None, mirror=0.0, drop_path=0.0,
-                           channels=48, width=192, anchor_scale=6, canonical=112, samples=(64, 32), proposals=100, normed=True),
+    'scenes': _COCO | dict(iterations=1200, drops=(900, 1100), every=300, batch_size=8, lr=3e-3, warmup=100, clip=10.0, limits=None, mirror=0.0, drop_path=0.0,
+                           channels=32, width=128, anchor_scale=6, canonical=112, samples=(48, 24), proposals=60, normed=True, convs=2, sampling=1),
     'overfit': _COCO | dict(iterations=600, drops=(450, 540), every=100, batch_size=4, lr=1.5e-3, weight_decay=0.0, warmup=30, clip=10.0, limits=(256, 256), mirror=0.0, drop_path=0.0,
                             channels=32, width=128, anchor_scale=5, canonical=112, samples=(64, 32), proposals=100, normed=True)}
 
@@ -357,7 +358,7 @@ def steps(
     epoch = math.ceil(n / settings['batch_size'])
     return dict(iterations=epoch * settings['epochs'], every=epoch, drops=tuple(epoch * d for d in settings['drops']))
 
-def head_options(settings): return {k: settings[k] for k in ('channels', 'width', 'anchor_scale', 'canonical', 'samples', 'proposals', 'pad_to', 'normed')}
+def head_options(settings): return {k: settings[k] for k in ('channels', 'width', 'anchor_scale', 'canonical', 'samples', 'proposals', 'pad_to', 'normed', 'convs', 'sampling') if k in settings}
 
 # %% ../nbs/11_detect.ipynb #4436eb5d
 AUGMENTS = ('resize', 'multi-scale', 'jitter')

@@ -18,7 +18,7 @@ from PIL import Image
 from localmamba.cost import count_parameters
 from localmamba.data import IGNORE, LabelledFolder, ade20k, ade20k_scenes, coco_semantic, read_labels, scenes
 from localmamba.models.weights import to_released
-from localmamba.segment import (Backbone, EvalTransform, SegmentationLoader, TrainTransform, confusion, crop_box, evaluate, fitted, load_segmenter,
+from localmamba.segment import (EvalTransform, SegmentationLoader, TrainTransform, confusion, crop_box, evaluate, fitted, load_segmenter,
                                 loaders, photometric, predict, recipe, scores, segmenter, slide)
 
 ROOT = Path(__file__).parent.parent
