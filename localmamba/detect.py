@@ -71,11 +71,11 @@ class Anchors(AnchorGenerator):
         super().__init__(tuple((int(s * scale),) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
         self.strides = tuple(strides)
     def forward(self, image_list, feature_maps):
-        device = feature_maps[0].device
-        self.cell_anchors = [cell.to(device) for cell in self.cell_anchors]
-        strides = [[torch.tensor(s, device=device)] * 2 for s in self.strides]
-        boxes = torch.cat(self.grid_anchors([m.shape[-2:] for m in feature_maps], strides))
-        return [boxes] * len(image_list.image_sizes)
+        boxes = []
+        for m, stride, cell in zip(feature_maps, self.strides, self.cell_anchors):
+            y, x = torch.meshgrid(*(stride * torch.arange(n, device=m.device) for n in m.shape[2:]), indexing='ij')
+            boxes.append((torch.stack([x, y, x, y], -1).view(-1, 1, 4) + cell.to(m.device)).view(-1, 4))
+        return [torch.cat(boxes)] * len(image_list.image_sizes)
 
 class Proposals(RegionProposalNetwork):
     "torchvision's region proposal network; losses where targets are given."
@@ -257,8 +257,8 @@ def features(self: Detector,
     return OrderedDict((str(i), m) for i, m in enumerate(self.pyramid(OrderedDict((str(i), m) for i, m in enumerate(maps))).values()))
 
 @patch
-def run(self: Detector, images, targets=None):
-    "Images padded to one size, through the whole detector"
+def once(self: Detector, images, targets=None):
+    "Images padded to one size, through the whole detector: detections, losses"
     sizes = [tuple(image.shape[1:]) for image in images]
     height, width = (max(self.pad_to, math.ceil(max(n) / self.divisor) * self.divisor) for n in zip(*sizes))
     batch = ImageList(torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]), sizes)
@@ -275,11 +275,11 @@ def forward(self: Detector,
 ):  # training: losses; evaluation: a dict an image (boxes, labels, scores, masks (n, 1, 28, 28)); with targets: the two
     "Losses, detections, or both."
     if not self.training:
-        parts = [self.run([image], None if targets is None else [t]) for image, t in zip(images, targets or [None] * len(images))]
+        parts = [self.once([image], None if targets is None else [t]) for image, t in zip(images, targets or [None] * len(images))]
         found = [one for (one,), _ in parts]
         return found if targets is None else (found, {k: torch.stack([losses[k] for _, losses in parts]).mean() for k in parts[0][1]})
     if targets is None or len(targets) != len(images): raise ValueError(f'targets: {len(images)} needed in training, got {None if targets is None else len(targets)}')
-    return self.run(list(images), targets)[1]
+    return self.once(list(images), targets)[1]
 
 def detector(
     model: str,  # timm name of the backbone
@@ -331,7 +331,7 @@ RECIPES = {
     'vitdet': _COCO | dict(iterations=184_375, drops=(163_889, 177_546), every=7375, batch_size=64, warmup=250, clip=35.0, augment='jitter', limits=(1024, 1024), drop_path=0.1, pad_to=1024),
     'scenes': _COCO | dict(iterations=1200, drops=(900, 1100), every=300, batch_size=8, lr=3e-3, warmup=100, clip=10.0, limits=None, mirror=0.0, drop_path=0.0,
                            channels=32, width=128, anchor_scale=6, canonical=112, samples=(48, 24), proposals=60, normed=True, convs=2, sampling=1),
-    'overfit': _COCO | dict(iterations=600, drops=(450, 540), every=100, batch_size=4, lr=1.5e-3, weight_decay=0.0, warmup=30, clip=10.0, limits=(256, 256), mirror=0.0, drop_path=0.0,
+    'overfit': _COCO | dict(iterations=400, drops=(300, 360), every=100, batch_size=4, lr=1.5e-3, weight_decay=0.0, warmup=30, clip=10.0, limits=(256, 256), mirror=0.0, drop_path=0.0,
                             channels=32, width=128, anchor_scale=5, canonical=112, samples=(64, 32), proposals=100, normed=True)}
 
 def recipe(

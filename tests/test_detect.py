@@ -15,14 +15,17 @@ import torch
 import yaml
 from faster_coco_eval.core import mask as rle
 from PIL import Image
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
+from localmamba import coco
 from localmamba.coco import CocoFolder, as_results, average_precision, coco_instances, coco_scenes, truth_as_results
 from localmamba.cost import count_flops, count_parameters
 from localmamba.data import scenes
-from localmamba.detect import (RECIPES, STAGES, Counted, DetectionLoader, EvalTransform, TrainTransform, as_target, detector, evaluate, fit_options, head_options,
+from localmamba.detect import (RECIPES, STAGES, Anchors, Counted, DetectionLoader, EvalTransform, TrainTransform, as_target, detector, evaluate, fit_options, head_options,
                                load_detector, loaders, predict, recipe, restored, steps)
 from localmamba.models.backbone import Backbone
 from localmamba.models.weights import to_released
@@ -88,7 +91,6 @@ def test_losses_and_detections_are_torchvisions():
     images, targets = map(list, zip(*batch))
     class Batch(torch.nn.Module):
         def forward(self, images, targets):
-            from torchvision.models.detection.image_list import ImageList
             return ImageList(torch.stack(images), [(64, 96)] * len(images)), targets
         def postprocess(self, found, *_): return found
     class Maps(torch.nn.Module):
@@ -109,12 +111,20 @@ def test_losses_and_detections_are_torchvisions():
         assert len(b['boxes']) > 5
         for key in ('boxes', 'labels', 'scores', 'masks'): torch.testing.assert_close(a[key], b[key])
 
+def test_anchors_are_torchvisions():
+    maps = [torch.zeros(1, 1, 64 // s, 96 // s) for s in (4, 8, 16)]
+    image = ImageList(torch.zeros(1, 3, 64, 96), [(64, 96)])
+    theirs = AnchorGenerator(((32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 3)(image, maps)
+    torch.testing.assert_close(Anchors((4, 8, 16))(image, maps)[0], theirs[0])
+    last = Anchors((64,))(ImageList(torch.zeros(1, 3, 800, 1344), [(800, 1333)]), [torch.zeros(1, 1, 13, 21)])[0].view(13, 21, 3, 4)
+    assert (last[-1, -1].view(3, 2, 2).mean(1) == torch.tensor([20 * 64., 12 * 64.])).all()
+
 def test_padding_by_hand_changes_nothing():
     for name in ('test_local_vmamba', 'test_local_vim'):
         torch.manual_seed(0)
         net, image = detector(name, **SMALL, score=0.0).eval(), torch.randn(3, 50, 70)
         padded = torch.nn.functional.pad(image, (0, -70 % net.divisor, 0, -50 % net.divisor))
-        with torch.no_grad(): for_one, for_other = (net.run([x])[0][0] for x in (image, padded))
+        with torch.no_grad(): for_one, for_other = (net.once([x])[0][0] for x in (image, padded))
         with torch.no_grad(): maps = [net.features(torch.nn.functional.pad(x, (0, padded.shape[2] - x.shape[2], 0, padded.shape[1] - x.shape[1]))[None]) for x in (image, padded)]
         for a, b in zip(*(m.values() for m in maps)): assert torch.equal(a, b)
         assert for_one['boxes'][:, 2].max() <= 70 and for_other['boxes'].shape == for_one['boxes'].shape
@@ -299,13 +309,17 @@ def test_missing_and_damaged_files(changed, root, tmp_path):
 def test_annotations_that_make_no_sense(changed, change, words):
     with pytest.raises(ValueError, match=words): changed(lambda held: change(held['annotations'][0]))
 
-def test_a_killed_renderer_leaves_no_half_set(tmp_path):
-    code = ('import os, signal, sys; from localmamba import coco\n'
-            'def stop(*a, **k):\n    for s in real(2, *a[1:], **k): yield s\n    os.kill(os.getpid(), signal.SIGKILL)\n'
-            'real, coco.scenes = coco.scenes, stop\n'
-            'coco.coco_scenes(8, 2, sys.argv[1])')
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path)], env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True)
-    assert done.returncode == -signal.SIGKILL and not list(tmp_path.glob('scenes*'))
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
+def test_a_killed_renderer_leaves_no_half_set(tmp_path, monkeypatch):
+    def stopped(*args, **kwargs):
+        yield from scenes(2, *args[1:], **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+    monkeypatch.setattr(coco, 'scenes', stopped)
+    child = os.fork()
+    if not child: coco_scenes(8, 2, tmp_path)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL and not list(tmp_path.glob('scenes*')) and list(tmp_path.glob('.partial*'))
+    monkeypatch.undo()
+    assert len(coco_instances(coco_scenes(8, 2, tmp_path))) == 8
 
 def test_small_and_large_masks_are_told_by_their_own_area(root):
     "A thin diagonal has a large box and a small mask"
