@@ -304,7 +304,8 @@ def _draw_instance(ax, colour, mask, box, text):
     if mask.any() and not mask.all(): ax.contour(mask, levels=[.5], colors=[colour], linewidths=1)
     left, top, right, bottom = box
     ax.add_patch(Rectangle((left - .5, top - .5), right - left, bottom - top, fc='none', ec=colour, lw=1.1))
-    ax.text(left, top, text, fontsize=6, ha='left', va='bottom', color='black', clip_on=True, path_effects=[withStroke(linewidth=1.8, foreground='white')])
+    above = top > .08 * mask.shape[0]
+    ax.text(left, top, text, fontsize=6, ha='left', va='bottom' if above else 'top', color='black', clip_on=True, path_effects=[withStroke(linewidth=1.8, foreground='white')])
 
 def plot_instances(
     images, # (H, W, 3) uint8, one a column
