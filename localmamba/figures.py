@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUOTED', 'scan_path', 'plot_scan', 'scan_legend', 'plot_scans', 'plot_rows', 'plot_curves', 'plot_confusion', 'Table',
-           'cell_text', 'show_table', 'plot_segmentation', 'plot_bars', 'save_figure', 'direction_style',
-           'plot_choices', 'plot_weights']
+           'cell_text', 'show_table', 'plot_segmentation', 'plot_instances', 'plot_precision_recall', 'plot_bars',
+           'save_figure', 'direction_style', 'plot_choices', 'plot_weights']
 
 # %% ../nbs/14_figures.ipynb #0f7ec560
 from contextlib import contextmanager
@@ -313,6 +313,57 @@ def plot_segmentation(
     handles = [Patch(fc=lut[c] / 255, ec='.4', lw=.5, label=classes[c]) for c in view]
     if any((one >= len(classes)).any() for labels in maps.values() for one in labels): handles.append(Patch(fc='white', ec='.4', hatch='//////', lw=.5, label='unlabelled'))
     fig.legend(handles=handles, loc='outside right upper', fontsize=7, frameon=False, ncols=1 + (len(handles) > 24))
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/14_figures.ipynb #3f0729bf
+def _draw_instance(ax, colour, mask, box, text):
+    "One thing on an image"
+    tint = np.zeros((*mask.shape, 4))
+    tint[mask] = (*colour, .4)
+    ax.imshow(tint, interpolation='nearest')
+    if mask.any() and not mask.all(): ax.contour(mask, levels=[.5], colors=[colour], linewidths=1)
+    left, top, right, bottom = box
+    ax.add_patch(Rectangle((left - .5, top - .5), right - left, bottom - top, fc='none', ec=colour, lw=1.1))
+    above = top > .08 * mask.shape[0]
+    ax.text(left, top, text, fontsize=6, ha='left', va='bottom' if above else 'top', color='black', clip_on=True, path_effects=[withStroke(linewidth=1.8, foreground='white')])
+
+def plot_instances(
+    images, # (H, W, 3) uint8, one a column
+    rows: dict, # name of a row -> what is in each image: dicts of boxes (n, 4), labels (n,) from 1, masks (n, H, W) and, of predictions, scores (n,)
+    classes, # names
+    least: float = .5, # predictions with a lower score are not drawn
+    panel: float = 2.3, # width of a panel, inches
+): # the Figure
+    "Boxes, masks and names drawn on images"
+    height = panel * max(image.shape[0] / image.shape[1] for image in images)
+    fig, axes = plt.subplots(len(rows), len(images), figsize=(len(images) * panel + .3, len(rows) * (height + .1)), squeeze=False, layout='constrained')
+    colours = sns.color_palette('colorblind', 8)
+    for (name, things), row in zip(rows.items(), axes):
+        for image, one, ax in zip(images, things, row):
+            ax.imshow(image, interpolation='nearest')
+            scores = one.get('scores', [None] * len(one['labels']))
+            kept = [i for i, score in enumerate(scores) if score is None or score >= least]
+            for i in kept:
+                text = classes[one['labels'][i] - 1] + ('' if scores[i] is None else f' {scores[i]:.2f}')
+                _draw_instance(ax, colours[i % 8], np.asarray(one['masks'][i], bool), one['boxes'][i], text)
+            ax.set(xticks=[], yticks=[], xlim=(-.5, image.shape[1] - .5), ylim=(image.shape[0] - .5, -.5)), sns.despine(ax=ax, left=True, bottom=True)
+        row[0].set_ylabel(name, fontsize=9)
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/14_figures.ipynb #2f774c3a
+def plot_precision_recall(
+    curves: pd.DataFrame, # columns kind ('box' or 'mask'), iou, recall, precision
+): # the Figure
+    "Precision over recall, a panel for boxes and one for masks, a line an IoU"
+    _check_columns(curves, 'kind', 'iou', 'recall', 'precision')
+    kinds = list(dict.fromkeys(curves.kind))
+    fig, axes = plt.subplots(1, len(kinds), figsize=(3.4 * len(kinds) + .4, 3), squeeze=False, sharey=True, layout='constrained')
+    for kind, ax in zip(kinds, axes[0]):
+        plot_curves(curves[curves.kind == kind].assign(IoU='IoU ' + curves.iou), 'recall', 'precision', 'IoU', None, ax=ax)
+        ax.set(title=kind, xlim=(0, 1.01), ylim=(0, 1.03)), ax.title.set_fontsize(9)
+        if ax is not axes[0, 0]: ax.set_ylabel('')
     plt.close(fig)
     return fig
 
