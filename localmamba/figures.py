@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['QUOTED', 'CONVENTION_MARKS', 'small_figures', 'scan_path', 'plot_scan', 'scan_legend', 'plot_scans', 'plot_rows',
-           'plot_curves', 'Table', 'cell_text', 'show_table', 'plot_segmentation', 'plot_bars', 'save_figure',
-           'direction_style', 'plot_choices', 'plot_weights', 'plot_scan_at', 'scan_strip', 'step_scan',
-           'neighbour_steps', 'plot_neighbours', 'receptive_field', 'field_area', 'plot_receptive_fields', 'plot_flops']
+           'plot_curves', 'Table', 'cell_text', 'show_table', 'write_blocks', 'plot_segmentation', 'plot_bars',
+           'save_figure', 'direction_style', 'plot_choices', 'plot_weights', 'plot_scan_at', 'scan_strip', 'step_scan',
+           'neighbour_steps', 'plot_neighbours', 'receptive_field', 'field_area', 'plot_receptive_fields', 'plot_flops',
+           'plain_numbers', 'plot_times', 'plot_scan_times']
 
 # %% ../nbs/14_figures.ipynb #0f7ec560
-import importlib, io, os
+import importlib, io, os, re
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import NullFormatter
 from PIL import Image
 from scipy import ndimage
 from .runs import whole_file
@@ -244,7 +246,7 @@ class Table:
     def __repr__(self): return self.cells.to_string(index=False) + (f'\n{self.note}' if self.note else '')
     def _repr_html_(self):
         note = f'<p><small>{self.note}</small></p>' if self.note else ''
-        return self.cells.to_html(index=False, border=0) + note
+        return re.sub(r'\*\*(.+?)\*\*', r'<b>\1</b>', self.cells.to_html(index=False, border=0)) + note
 
     def markdown(self) -> str: # rows of a Markdown table and the note
         "The table as Markdown"
@@ -264,13 +266,23 @@ def cell_text(
     if isinstance(value, (int, np.integer)): return f'{value:,}'
     return f'{value:.{digits}f}'
 
+def _best(frame, name, of, within):
+    "Which lines hold the best value of a column; of a group with one line only, none"
+    _check_columns(frame, name, within)
+    values = pd.to_numeric(frame[name], errors='coerce').set_axis(range(len(frame)))
+    groups = values.groupby(list(frame[within]) if within else [0] * len(frame), sort=False)
+    return (values == groups.transform({max: 'max', min: 'min'}[of])) & (groups.transform('count') > 1)
+
 def show_table(
     frame: pd.DataFrame, # one line a row of the table
     quoted=('paper_top1',), # columns whose numbers are the paper's
     digits=2, # after the point; a dict gives them for each column
     names=None, # column -> heading
+    best=None, # column -> `max` or `min`: whose best value is bold
+    within: str | None = None, # a column: the best among lines that share its value
 ) -> Table: # shown as the last expression of a cell
-    "A table with means and deviations joined and quoted columns marked"
+    "A table with means and deviations joined, quoted columns marked, and the best in bold"
+    bold = {name: _best(frame, name, of, within) for name, of in (best or {}).items()}
     digits_of = digits.get if isinstance(digits, dict) else lambda name, default=2: digits
     marked, cells = [c for c in frame.columns if c in quoted], {}
     for name in frame.columns:
@@ -280,10 +292,28 @@ def show_table(
         if stem != name and f'{stem}_std' in frame:
             spread = [cell_text(v, digits_of(name, 2)) for v in frame[f'{stem}_std']]
             text = [f'{m} ± {s}' if s else m for m, s in zip(text, spread)]
+        text = [f'**{t}**' if b else t for t, b in zip(text, bold.get(name, [False] * len(text)))]
         joined = stem if f'{stem}_std' in frame else name
         heading = (names or {}).get(name, (names or {}).get(joined, joined))
         cells[f'{heading} †' if name in marked else heading] = text
     return Table(pd.DataFrame(cells), QUOTED if marked else '')
+
+# %% ../nbs/14_figures.ipynb #2fa58359
+def write_blocks(
+    path, # a Markdown file
+    blocks: dict, # the record's name in the file -> Table
+) -> list: # names of the blocks that were changed
+    "Put each table between `<!-- name -->` and `<!-- end -->`; blocks that are not given stay as they are"
+    path, changed = Path(path), []
+    text = path.read_text(encoding='utf-8')
+    for name, table in blocks.items():
+        found = re.search(rf'(<!-- {re.escape(name)} -->\n)(.*?)(<!-- end -->)', text, re.S)
+        if not found: raise ValueError(f'blocks: {path.name} has no block <!-- {name} --> … <!-- end -->')
+        new = table.markdown() + ('' if table.note else '\n')
+        if new != found[2]: text, changed = text[:found.start(2)] + new + text[found.end(2):], changed + [name]
+    if changed:
+        with whole_file(path) as f: f.write(text.encode())
+    return changed
 
 # %% ../nbs/14_figures.ipynb #862e2ed2
 def _named_regions(ax, labels, names, least):
@@ -622,3 +652,43 @@ def plot_flops(
     ax.set(xlabel=f'{dict(g="G", m="M")[unit]}FLOPs of one image', ylabel=label or y)
     ax.grid(color='.93', lw=.7), ax.set_axisbelow(True), sns.despine(ax=ax)
     return ax
+
+# %% ../nbs/14_figures.ipynb #b53e128d
+def plain_numbers(
+    axis, # matplotlib Axis, a logarithmic one
+):
+    "Numbers, not powers of ten"
+    axis.set_major_formatter('{x:,g}')
+    axis.set_minor_formatter(NullFormatter())
+
+def plot_times(
+    ax, # Axes to draw on
+    names, # of the bars; those beginning with 'ours' are coloured
+    milliseconds, # of the bars; NaN: not measured
+    notes, # what is written where nothing was measured
+):
+    "Horizontal bars on a logarithmic axis, ours in colour, numbers at their ends"
+    colours = [sns.color_palette('colorblind')[0] if name.startswith('ours') else '.72' for name in names]
+    ax.barh(range(len(names)), milliseconds, color=colours)
+    shown = [value for value in milliseconds if not np.isnan(value)]
+    ax.set(xscale='log', xlim=(min(shown) / 2, max(shown) * 5), yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .4, -.6))
+    plain_numbers(ax.xaxis)
+    for i, (value, note) in enumerate(zip(milliseconds, notes)):
+        number = f' {value:.3g}' if value < 100 else f' {value:,.0f}'
+        text, x = (number, value) if not np.isnan(value) else (f' {note}', min(shown) / 2)
+        ax.text(x, i, text, va='center', fontsize=7)
+    ax.tick_params(labelsize=8), sns.despine(ax=ax)
+
+def plot_scan_times(
+    scans: pd.DataFrame, # `table.csv` of the experiment `throughput`
+): # the Figure
+    "How long scans take, a column a shape, forward above forward + backward"
+    keys = list(dict.fromkeys(zip(scans.images, scans.channels, scans.tokens, scans.states)))
+    fig, axes = plt.subplots(2, len(keys), figsize=(3.6 * len(keys) + 1, 4.6), sharey=True, squeeze=False, layout='constrained')
+    for row, passes in zip(axes, ('forward', 'forward + backward')):
+        for ax, (B, D, L, N) in zip(row, keys):
+            t = scans[(scans.images == B) & (scans.channels == D) & (scans.tokens == L) & (scans.states == N) & (scans.passes == passes)]
+            plot_times(ax, list(t.scan), t.ms_median.astype(float).tolist(), list(t.note))
+            ax.set_title(f'({B}, {D}, {L}, {N})\n{passes}, ms', fontsize=9)
+    plt.close(fig)
+    return fig
