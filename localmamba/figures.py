@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUOTED', 'CONVENTION_MARKS', 'small_figures', 'scan_path', 'plot_scan', 'scan_legend', 'plot_scans', 'plot_rows',
-           'plot_curves', 'Table', 'cell_text', 'show_table', 'write_blocks', 'plot_segmentation', 'plot_bars',
-           'save_figure', 'direction_style', 'plot_choices', 'plot_weights', 'plot_scan_at', 'scan_strip', 'step_scan',
-           'neighbour_steps', 'plot_neighbours', 'receptive_field', 'field_area', 'plot_receptive_fields', 'plot_flops',
-           'plain_numbers', 'plot_times', 'plot_scan_times']
+           'plot_panels', 'plot_curves', 'Table', 'cell_text', 'show_table', 'write_blocks', 'plot_segmentation',
+           'plot_bars', 'save_figure', 'direction_style', 'plot_choices', 'plot_searches', 'plot_weights',
+           'plot_scan_at', 'scan_strip', 'step_scan', 'neighbour_steps', 'plot_neighbours', 'receptive_field',
+           'field_area', 'plot_receptive_fields', 'plot_flops', 'plain_numbers', 'plot_times', 'plot_scan_times']
 
 # %% ../nbs/14_figures.ipynb #0f7ec560
 import importlib, io, os, re
@@ -205,6 +205,27 @@ def plot_rows(
     ax.grid(axis='x', color='.9', lw=.7)
     ax.set_axisbelow(True), sns.despine(ax=ax)
     return ax
+
+# %% ../nbs/14_figures.ipynb #18cdee0f
+def plot_panels(
+    frame: pd.DataFrame, # one line a run
+    panel: str = 'model', # the column that names the panel
+    order=None, # names of the rows from top to bottom; None: as they first appear
+    label: str | None = None, # of the axes
+    x: str = 'top1', # the measured column
+    y: str = 'row', # the column that names the row
+): # the Figure
+    "`plot_rows` once for each model, side by side"
+    _check_columns(frame, x, y, panel)
+    names = list(dict.fromkeys(frame[panel]))
+    order = [row for row in (order or dict.fromkeys(frame[y])) if row in set(frame[y])]
+    size = 1.6 + 3.4 * len(names), 1.2 + .34 * len(order)
+    fig, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False, layout='constrained')
+    for name, ax in zip(names, axes[0]):
+        plot_rows(frame[frame[panel] == name], x, y, order, label, ax=ax)
+        ax.set_title(name, fontsize=10)
+    plt.close(fig)
+    return fig
 
 # %% ../nbs/14_figures.ipynb #32c14226
 def plot_curves(
@@ -417,6 +438,18 @@ def plot_choices(
            xticks=range(0, len(directions), max(1, len(directions) // 8)), xlabel='layer', title=title, aspect='equal', anchor='W')
     ax.tick_params(length=0, labelsize=8), ax.title.set_fontsize(9), sns.despine(ax=ax, left=True, bottom=True)
     return ax
+
+# %% ../nbs/14_figures.ipynb #0fde903c
+def plot_searches(
+    found: dict, # seed -> what `read_search` gives
+): # the Figure
+    "What several searches chose, a panel a seed"
+    depth = max(len(record['directions']) for record in found.values())
+    size = .8 + len(found) * (.4 + .27 * depth), 3.
+    figure, axes = plt.subplots(1, len(found), figsize=size, sharey=True, squeeze=False, layout='constrained')
+    for ax, (seed, record) in zip(axes.flat, found.items()):
+        plot_choices(record['directions'], record['candidates'], record['probabilities'], f'seed {seed}', ax)
+    return figure
 
 # %% ../nbs/14_figures.ipynb #143dc6b6
 def plot_weights(
