@@ -46,7 +46,7 @@ def test_receptive_fields(project, monkeypatch):
     names = ['LocalVim', 'VMamba', 'DeiT']
     text, space = execute('receptive_fields', monkeypatch, **TOY, models=names, patch_size=4, n_field=8)
     table = pd.read_csv(project/'receptive_fields/digits/table.csv')
-    assert table.model.tolist() == names and table.area_after_mean.between(0, 100).all()
+    assert table.model.tolist() == names and table.own_after_mean.between(0, 100).all()
     for run in (project/'receptive_fields/digits/runs').iterdir():
         fields = np.load(run/'fields.npz')
         assert set(fields) == {'before', 'after'}
