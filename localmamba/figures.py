@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 from scipy import ndimage
 from .runs import whole_file
@@ -678,10 +678,15 @@ def plot_flops(
         ax.plot(xs, [line[y]] * 3, color=colour, lw=1, alpha=.6, zorder=1)
         if f'{y}_std' in frame: ax.errorbar(xs[-1], line[y], yerr=line[f'{y}_std'], color=colour, lw=1, capsize=2, zorder=1)
         for x, (mark, _) in zip(xs, CONVENTION_MARKS.values()): ax.plot(x, line[y], mark, color=colour, ms=6, mec='white', mew=.6, zorder=2)
-        ax.annotate(line[name], (max(xs), line[y]), xytext=(6, 0), textcoords='offset points', fontsize=7.5, va='center')
+        others, near = frame[frame[name] != line[name]], .04 * (frame[y].max() - frame[y].min())
+        close = others[(others[y] - line[y]).abs().lt(near) & others[columns['nine']].between(max(xs) / 1.3, max(xs) * 1.3)][y]
+        side = 0 if not len(close) else 4 if line[y] >= close.max() else -4
+        ax.annotate(line[name], (max(xs), line[y]), xytext=(6, side), textcoords='offset points', fontsize=7.5, va='center')
     marks = [Line2D([], [], marker=m, ls='none', color='.3', label=what) for m, what in CONVENTION_MARKS.values()]
     if group: marks += [Line2D([], [], lw=3, color=colours[g], label=g) for g in groups]
-    ax.legend(handles=marks, fontsize=8, frameon=False, loc='best'), ax.margins(x=.12)
+    ax.legend(handles=marks, fontsize=8, frameon=False, loc='best')
+    ax.set_xscale('log'), ax.margins(x=.12), plain_numbers(ax.xaxis)
+    ax.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     ax.set(xlabel=f'{dict(g="G", m="M")[unit]}FLOPs of one image', ylabel=label or y)
     ax.grid(color='.93', lw=.7), ax.set_axisbelow(True), sns.despine(ax=ax)
     return ax
