@@ -1,5 +1,6 @@
 # make ablation_scan            set up .venv, run the main experiment
 # make <experiment> ARGS="-p epochs 30"
+# make results                  write the README's tables and figures from the records
 # make test                     set up .venv, test every notebook and the rest
 # make lab                      open the notebooks in JupyterLab
 # make export | lock            for those who change the code
@@ -11,7 +12,7 @@ EXPERIMENTS := $(filter-out index results, $(basename $(notdir $(wildcard nbs/[a
 # Certificates are the system's, as for pip, so that a company's proxy is no obstacle.
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: help env test lab export lock $(EXPERIMENTS)
+.PHONY: help env test lab export lock results $(EXPERIMENTS)
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -29,6 +30,9 @@ env: .venv/.ready
 $(EXPERIMENTS): env
 	mkdir -p results/$@
 	$(BIN)/papermill nbs/$@.ipynb results/$@/executed.ipynb $(ARGS)
+
+results: env
+	$(BIN)/papermill nbs/results.ipynb results/executed.ipynb $(ARGS)
 
 # Notebooks are tested two at a time. Threads that spin while they wait for each other would make that ten times slower on two cores.
 test: export OMP_WAIT_POLICY ?= passive

@@ -48,7 +48,8 @@ def scan_flops(
     steps = [len(scan_order(d, height, width, mixer.padding)) + extra for d in mixer.directions]
     if isinstance(mixer, SS2D):
         gate_norm = 0 if mixer.attn.mode == 'none' else 5*E*height*width
-        return len(steps) * (max(steps) * (9*E*N + E + E*(2*R + 2*N)) + gate_norm)
+        gates = 1 if mixer.scattn_at == 'merged' else len(steps)
+        return len(steps) * max(steps) * (9*E*N + E + E*(2*R + 2*N)) + gates * gate_norm
     projections = [L * E * (mixer.conv_weight.shape[-1] + 2*R + 2*N) for L in steps]
     scans = sum((9 if convention == 'nine' else 5)*L*E*N + 2*L*E for L in steps)
     return scans + (max(projections) if convention == 'release' else sum(projections))
@@ -62,7 +63,7 @@ def _seen_by_torch(mixer, height, width, extra):
     longest = max(len(scan_order(d, height, width, mixer.padding)) for d in mixer.directions) + extra
     per_image = {'global_reduce', 'channel_select'}
     gate = sum(m.weight.numel() * (1 if name in per_image else tokens) for name, m in mixer.attn.named_children() if isinstance(m, nn.Linear))
-    return K * longest * per_step + (K - 1) * gate
+    return K * longest * per_step + (0 if mixer.scattn_at == 'merged' else K - 1) * gate
 
 # %% ../nbs/08_cost.ipynb #385b4ea3
 def _observe(model):

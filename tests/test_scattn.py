@@ -1,8 +1,12 @@
 "Gate and sum at once against SCAttn followed by a sum: layouts, sizes, dtypes, threads."
 import pytest
+import timm
 import torch
 from torch.testing import assert_close
 
+from localmamba.cost import count_flops
+from localmamba.mixer import SS2D, VimMixer
+from localmamba.models.weights import load_released, to_released
 from localmamba.scattn import MODES, SCAttn
 
 LAYOUTS = {'contiguous': lambda x: x, 'sliced': lambda x: torch.stack([x, x], -1)[..., 1],
@@ -95,3 +99,49 @@ def test_under_autocast_and_inference_mode():
     attn, x = attention(16), torch.randn(2, 3, 5, 16)
     with torch.inference_mode(): y = attn.merge(x)
     with torch.autocast('cpu', dtype=torch.bfloat16): assert_close(attn.merge(x), y, rtol=0, atol=0)
+
+
+# The gate behind the merge: `scattn_at='merged'`.
+
+@pytest.mark.parametrize('family, mode', [(VimMixer, 'channel'), (SS2D, 'both'), (SS2D, 'spatial')])
+def test_the_gate_on_the_merged_map_is_its_definition_with_gradients(family, mode):
+    torch.manual_seed(0)
+    mixer = family(16, ('h', 'v_flip', 'w2'), d_state=4, scattn=mode, scattn_at='merged').double()
+    for p in mixer.parameters(): torch.nn.init.uniform_(p, -0.5, 0.5)
+    branches, dy = torch.randn(2, 3, 12, 32, dtype=torch.float64, requires_grad=True), torch.randn(2, 12, 32, dtype=torch.float64)
+
+    def plain(branches):
+        x, attn = branches[:, 0] + branches[:, 1] + branches[:, 2], mixer.attn
+        y = torch.nn.functional.layer_norm(x, (32,), attn.norm.weight, attn.norm.bias)
+        g = torch.nn.functional.gelu(attn.global_reduce(y.mean(1, keepdim=True)))
+        if mode != 'spatial': x = x * attn.channel_select(g).sigmoid()
+        if mode == 'channel': return x
+        l = torch.nn.functional.gelu(attn.local_reduce(y))
+        return x * attn.spatial_select(torch.cat([l, g.expand_as(l)], -1)).sigmoid()
+
+    torch.testing.assert_close(mixer.merge(branches), plain(branches))
+    leaves = [branches, *mixer.attn.parameters()]
+    torch.testing.assert_close(torch.autograd.grad(mixer.merge(branches), leaves, dy), torch.autograd.grad(plain(branches), leaves, dy))
+
+
+@pytest.mark.parametrize('name', ['test_local_vim', 'test_local_vmamba'])
+def test_the_place_of_the_gate_in_models(name):
+    before, late = timm.create_model(name).eval(), timm.create_model(name, scattn_at='merged').eval()
+    for p in before.parameters(): torch.nn.init.uniform_(p, -0.5, 0.5)  # at the start all gates are nearly ½, wherever they stand
+    assert {k: v.shape for k, v in before.state_dict().items()} == {k: v.shape for k, v in late.state_dict().items()}
+    with pytest.raises(RuntimeError, match="weights belong to scattn_at='branch'"): late.load_state_dict(before.state_dict())
+    with pytest.raises(RuntimeError, match="weights belong to scattn_at='merged'"): before.load_state_dict(late.state_dict())
+    late.load_state_dict(dict(before.state_dict()))  # plain tensors say nothing of where they belong
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad(): assert not torch.allclose(before(images), late(images), atol=1e-6)
+    for call in (lambda: to_released(late), lambda: load_released(late, to_released(before))):
+        with pytest.raises(ValueError, match="scattn_at='merged'"): call()
+    supernet = timm.create_model(name, scattn_at='merged', directions='search').eval()
+    assert supernet(images).shape == (1, 10)
+
+
+def test_the_merged_gate_costs_one_branch():
+    at = {place: timm.create_model('test_local_vmamba', scattn='both', scattn_at=place) for place in ('branch', 'merged')}
+    none, branch, merged = (count_flops(m, 32, 'nine') for m in (timm.create_model('test_local_vmamba', scattn='none'), *at.values()))
+    assert branch - none == 4 * (merged - none)
+    assert len({sum(p.numel() for p in m.parameters()) for m in at.values()}) == 1

@@ -110,6 +110,7 @@ class LocalVim(nn.Module):
         abs_pos_embed: bool = True,  # add a learnt position embedding
         d_conv: int = 4,  # taps of the causal convolution
         expand: int = 2,  # d_inner / D
+        scattn_at: str = 'branch',  # gate each `'branch'`, or their `'merged'` map, see `ScanMixer`
     ):
         super().__init__()
         if readout not in READOUTS: raise ValueError(f'readout={readout!r} is unknown: allowed are {READOUTS}')
@@ -129,7 +130,7 @@ class LocalVim(nn.Module):
         tokens = self.patch_embed.num_patches + self.num_prefix_tokens
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if self.num_prefix_tokens else None
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim)) if abs_pos_embed else None
-        mixer = dict(d_state=d_state, scattn=scattn, merge=merge, padding=padding, d_conv=d_conv, expand=expand,
+        mixer = dict(d_state=d_state, scattn=scattn, scattn_at=scattn_at, merge=merge, padding=padding, d_conv=d_conv, expand=expand,
                      flip_cls=readout == 'head_cls' if flip_cls is None else flip_cls, search=directions == 'search')
         rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
         self.layers = nn.ModuleList(Block(embed_dim, rate, directions=d, **mixer) for d, rate in zip(self.directions, rates))

@@ -108,6 +108,7 @@ class LocalVMamba(nn.Module):
         merge: str = 'sum',  # of the branches: `'sum'` or `'mean'`
         patch_size: int = 4,  # pixels, of the stem
         expand: int = 2,  # d_inner / D
+        scattn_at: str = 'branch',  # gate each `'branch'`, or their `'merged'` map, see `ScanMixer`
     ):
         super().__init__()
         if len(dims) != len(depths): raise ValueError(f'dims={tuple(dims)} and depths={tuple(depths)} must name as many stages')
@@ -117,7 +118,7 @@ class LocalVMamba(nn.Module):
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.num_features = self.head_hidden_size = dims[-1]
         self.directions = layer_directions(directions, sum(depths), candidates)
-        mixer = dict(d_state=d_state, scattn=scattn, padding=padding, merge=merge, expand=expand, search=directions == 'search')
+        mixer = dict(d_state=d_state, scattn=scattn, scattn_at=scattn_at, padding=padding, merge=merge, expand=expand, search=directions == 'search')
         layers = iter(zip(self.directions, torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()))
         self.patch_embed = Stem(in_chans, dims[0], patch_size)
         self.layers = nn.ModuleList()

@@ -66,6 +66,8 @@ def released_layout(
     if flavour == 'vim' and isinstance(model, LocalVim) and not _is_vim(model):
         raise ValueError("these names are Vim's, with directions ('h', 'h_flip') in every layer and no SCAttn; "
                          f"the model has {model.directions[0]} and scattn={model.layers[0].mixer.attn.mode!r}")
+    if any(getattr(m, 'scattn_at', 'branch') != 'branch' for m in model.modules()):
+        raise ValueError("the model has scattn_at='merged': released weights gate each branch")
     if isinstance(model, LocalVMamba): return _vmamba_layout(model, flavour)
     if isinstance(model, LocalVim): return _vim_layout(model, flavour)
     raise TypeError(f'model is a {type(model).__name__}: released weights exist for LocalVim and LocalVMamba')

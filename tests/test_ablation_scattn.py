@@ -1,0 +1,63 @@
+"ablation_scattn and receptive_fields at toy size, and the counts that tell which gate made the published numbers."
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from test_results import execute
+
+from localmamba.cost import count_flops, count_parameters
+
+ROOT = Path(__file__).parent.parent
+TOY = dict(n_train=64, n_valid=32, epochs=1, depth=1, depths=[1, 1], embed_dim=16, dims=[16, 16])
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    (tmp_path/'settings.ini').touch()
+    shutil.copytree(ROOT/'results/paper', tmp_path/'results/paper')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path/'results'
+
+
+def test_which_gate_and_where(project, monkeypatch):
+    rows = ['none', 'channel', 'both', 'both, merged']
+    text, space = execute('ablation_scattn', monkeypatch, **TOY, rows=rows, seeds=[0, 1], published=[])
+    table = pd.read_csv(project/'ablation_scattn/digits/table.csv')
+    assert table.row.tolist() == 2 * rows and (table.seeds == 2).all() and table.model.nunique() == 2
+    assert table.paper_top1.dropna().tolist() == [75.2, 75.8]
+    runs = list((project/'ablation_scattn/digits/runs').iterdir())
+    assert len(runs) == 16 and (project/'ablation_scattn/digits/table.png').stat().st_size > 5000
+    vmamba = table[table.model == 'local_vmamba_nano'].set_index('row')
+    assert vmamba.params_m['both'] == vmamba.params_m['both, merged'] > vmamba.params_m['channel'] > vmamba.params_m['none']
+    assert vmamba.flops_m_nine['both'] > vmamba.flops_m_nine['both, merged'] > vmamba.flops_m_nine['none']
+    assert 'both − none' in text and 'cannot be told from 0' in text
+    lines = space['differences'](space['frame'])
+    pairs = space['frame'].pivot(index=['model', 'seed'], columns='row', values='top1')
+    expected = (pairs['both'] - pairs['none']).mean()
+    found = lines[(lines.question == 'both − none (as in the figure)') & (lines.family == 'both families')]
+    assert np.isclose(found.points_mean.item(), expected) and found.pairs.item() == 4
+
+
+def test_receptive_fields(project, monkeypatch):
+    names = ['LocalVim', 'VMamba', 'DeiT']
+    text, space = execute('receptive_fields', monkeypatch, **TOY, models=names, patch_size=4, n_field=8)
+    table = pd.read_csv(project/'receptive_fields/digits/table.csv')
+    assert table.model.tolist() == names and table.own_after_mean.between(0, 100).all()
+    for run in (project/'receptive_fields/digits/runs').iterdir():
+        fields = np.load(run/'fields.npz')
+        assert set(fields) == {'before', 'after'}
+        for field in fields.values(): assert field.shape == (32, 32) and np.isclose(field.sum(), 1, atol=1e-4)
+    vim = [np.load(run/'fields.npz') for run in (project/'receptive_fields/digits/runs').iterdir() if run.name.startswith('DeiT')][0]
+    assert (vim['before'] > 0).all(), 'attention sees every pixel'
+
+
+@pytest.mark.parametrize('model, name, scattn', [('local_vim_tiny', 'LocalVim-T', 'both'), ('vmamba_tiny', 'VMamba-T', 'none')])
+def test_the_recorded_counts_are_ours(model, name, scattn):
+    counts = pd.read_csv(ROOT/'results/ablation_scattn/imagenet/counts.csv').set_index(['model', 'row'])
+    with torch.device('meta'): net = timm.create_model(model, scattn=scattn)
+    recorded = counts.loc[(name, scattn)]
+    assert recorded.params_m == count_parameters(net) / 1e6 and recorded.flops_g_nine == count_flops(net, 224, 'nine') / 1e9

@@ -1,0 +1,93 @@
+"results.ipynb: the README out of the records without a difference, and what it says where there are none."
+import ast
+import json
+import re
+import shutil
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from PIL import Image
+
+matplotlib.use('Agg')
+ROOT = Path(__file__).parent.parent
+
+
+def execute(name, monkeypatch, **parameters):
+    "Run a notebook's code here, with other parameters; what it displays, as text, and its names."
+    shown, space = [], {'__name__': '__main__'}
+    said = lambda *things: shown.extend(getattr(thing, 'data', None) or repr(thing) for thing in things if thing is not None)
+    monkeypatch.setattr('IPython.display.display', said)
+    for cell in json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text())['cells']:
+        if cell['cell_type'] != 'code': continue
+        tree = ast.parse(''.join(cell['source']))
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, name, 'exec'), space)
+        if last is not None: said(eval(compile(ast.Expression(last.value), name, 'eval'), space))
+        if 'parameters' in cell['metadata'].get('tags', []): space.update(parameters)
+        plt.close('all')
+    return '\n'.join(map(str, shown)), space
+
+
+@pytest.fixture
+def records(tmp_path):
+    "A copy of what the page reads and writes."
+    shutil.copytree(ROOT/'results', tmp_path/'results', ignore=shutil.ignore_patterns('digits', 'scenes', '*.pt', 'executed.ipynb'))
+    shutil.copy(ROOT/'README.md', tmp_path)
+    return tmp_path
+
+
+def test_the_readme_is_made_from_the_records(records, monkeypatch):
+    pictures = [path for path in (records/'results').rglob('*.png')]
+    before = {path: np.asarray(Image.open(path).convert('RGB'), int) for path in pictures}
+    block = '<!-- results/ablation_scan/cifar10/table.csv -->\n'
+    readme = (records/'README.md').read_text()
+    (records/'README.md').write_text(readme.replace(block, f'{block}| an old table |\n'))
+    text, space = execute('results', monkeypatch, root=str(records))
+    assert space['changed'] == ['results/ablation_scan/cifar10/table.csv'] and space['there'] == space['names']
+    assert (records/'README.md').read_text() == readme
+    for path, picture in before.items():
+        after = np.asarray(Image.open(path).convert('RGB'), int)
+        assert after.shape == picture.shape and abs(after - picture).mean() < 1, path.name
+    assert set(space['page'].verdict) <= {'holds', 'does not', 'not decided', 'not testable here'} and len(space['page']) >= 20
+    assert '**58.96 ± 0.92**' in text and '**76.20**' in text, 'the best of what was measured, and of what is quoted'
+    assert 'cross measured' in text.replace('  ', ' ') and '7861f7e9' in text
+
+
+def test_no_records_say_what_to_run(tmp_path, monkeypatch):
+    text, space = execute('results', monkeypatch, root=str(tmp_path))
+    for experiment in space['TO_RUN']:
+        assert f'| {experiment} |' in text and f'nothing: run `make {experiment}`' in text, experiment
+    assert 'five minutes' in text and 'configs/ablation_scan/cifar10.yaml' in text
+    assert {'not testable here', 'holds', 'does not'} >= set(space['page'].verdict)
+    assert space['there'] == [] and not (tmp_path/'README.md').exists()
+
+
+def test_every_experiment_is_on_the_page():
+    cells = json.loads((ROOT/'nbs/results.ipynb').read_text())['cells']
+    source = ''.join(''.join(cell['source']) for cell in cells)
+    for path in (ROOT/'nbs').glob('[a-z]*.ipynb'):
+        if path.stem not in ('index', 'results'): assert f"'{path.stem}': (" in source, path.stem
+        configs = sorted((ROOT/'nbs/configs'/path.stem).glob('*.yaml'))
+        if configs: assert any(f"'{config.stem}'" in source for config in configs), path.stem
+
+
+def notebooks(): return sorted((ROOT/'nbs').glob('*.ipynb'))
+
+@pytest.mark.parametrize('path', notebooks(), ids=lambda path: path.stem)
+def test_a_notebook_can_be_read_on_a_page(path):
+    assert path.stat().st_size <= 700_000, f'{path.stat().st_size:,} bytes'
+    for cell in json.loads(path.read_text())['cells']:
+        if cell['cell_type'] != 'code': continue
+        assert len(''.join(cell['source']).splitlines()) <= 60, ''.join(cell['source'])[:200]
+        for output in cell['outputs']:
+            kinds = set(output.get('data', {}))
+            assert not any('widget' in kind for kind in kinds) or kinds & {'image/png', 'text/html'}, 'a cell that shows nothing without widgets'
+
+
+def test_links_to_headings_of_the_readme_resolve():
+    text = (ROOT/'README.md').read_text()
+    headings = [re.sub(r'[^\w\- ]', '', line.lstrip('# ').lower()).replace(' ', '-') for line in text.splitlines() if line.startswith('#')]
+    for heading in re.findall(r'\]\(#([^)]+)\)', text): assert heading in headings, heading
