@@ -8,7 +8,7 @@ __all__ = ['QUOTED', 'CONVENTION_MARKS', 'small_figures', 'scan_path', 'plot_sca
            'plot_segmentation', 'plot_instances', 'plot_precision_recall', 'plot_bars', 'save_figure',
            'direction_style', 'plot_choices', 'plot_searches', 'plot_weights', 'plot_scan_at', 'scan_strip',
            'step_scan', 'neighbour_steps', 'plot_neighbours', 'receptive_field', 'field_area', 'plot_receptive_fields',
-           'plot_flops', 'plain_numbers', 'plot_times', 'plot_scan_times']
+           'plain_numbers', 'plot_times', 'plot_scan_times', 'plot_flops']
 
 # %% ../nbs/14_figures.ipynb #0f7ec560
 import importlib, io, os, re
@@ -728,42 +728,6 @@ def plot_receptive_fields(
     plt.close(fig)
     return fig
 
-# %% ../nbs/14_figures.ipynb #e575c202
-CONVENTION_MARKS = {'release': ('o', 'as the release counts'), 'projections': ('^', 'all projections'), 'nine': ('s', 'and the scan at 9·L·D·N')}
-
-def plot_flops(
-    frame: pd.DataFrame, # one line a model: `flops_<unit>_<convention>` for each convention, and the columns below
-    y: str = 'top1', # the column of the vertical axis; its spread, if known, is `<y>_std`
-    name: str = 'model', # the column with the models' names
-    group: str | None = None, # the column that colours them
-    unit: str = 'g', # `'g'` or `'m'`: billions or millions
-    label: str | None = None, # of the vertical axis; None: `y`
-    ax=None, # Axes to draw on; None: a new figure
-): # the Axes
-    "Accuracy against FLOPs: for each model a mark by each convention"
-    columns = {c: f'flops_{unit}_{c}' for c in CONVENTION_MARKS}
-    _check_columns(frame, y, name, group, *columns.values())
-    if ax is None: ax = plt.subplots(figsize=(6.8, 4.2), layout='constrained')[1]
-    groups = [''] if group is None else list(dict.fromkeys(frame[group]))
-    colours = dict(zip(groups, sns.color_palette('colorblind', len(groups))))
-    for _, line in frame.iterrows():
-        xs, colour = [line[c] for c in columns.values()], colours[line[group] if group else '']
-        ax.plot(xs, [line[y]] * 3, color=colour, lw=1, alpha=.6, zorder=1)
-        if f'{y}_std' in frame: ax.errorbar(xs[-1], line[y], yerr=line[f'{y}_std'], color=colour, lw=1, capsize=2, zorder=1)
-        for x, (mark, _) in zip(xs, CONVENTION_MARKS.values()): ax.plot(x, line[y], mark, color=colour, ms=6, mec='white', mew=.6, zorder=2)
-        others, near = frame[frame[name] != line[name]], .04 * (frame[y].max() - frame[y].min())
-        close = others[(others[y] - line[y]).abs().lt(near) & others[columns['nine']].between(max(xs) / 1.3, max(xs) * 1.3)][y]
-        side = 0 if not len(close) else 4 if line[y] >= close.max() else -4
-        ax.annotate(line[name], (max(xs), line[y]), xytext=(6, side), textcoords='offset points', fontsize=7.5, va='center')
-    marks = [Line2D([], [], marker=m, ls='none', color='.3', label=what) for m, what in CONVENTION_MARKS.values()]
-    if group: marks += [Line2D([], [], lw=3, color=colours[g], label=g) for g in groups]
-    ax.legend(handles=marks, fontsize=8, frameon=False, loc='best')
-    ax.set_xscale('log'), ax.margins(x=.12), plain_numbers(ax.xaxis)
-    ax.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-    ax.set(xlabel=f'{dict(g="G", m="M")[unit]}FLOPs of one image', ylabel=label or y)
-    ax.grid(color='.93', lw=.7), ax.set_axisbelow(True), sns.despine(ax=ax)
-    return ax
-
 # %% ../nbs/14_figures.ipynb #b53e128d
 def plain_numbers(
     axis, # matplotlib Axis, a logarithmic one
@@ -803,3 +767,39 @@ def plot_scan_times(
             ax.set_title(f'({B}, {D}, {L}, {N})\n{passes}, ms', fontsize=9)
     plt.close(fig)
     return fig
+
+# %% ../nbs/14_figures.ipynb #e575c202
+CONVENTION_MARKS = {'release': ('o', 'as the release counts'), 'projections': ('^', 'all projections'), 'nine': ('s', 'and the scan at 9·L·D·N')}
+
+def plot_flops(
+    frame: pd.DataFrame, # one line a model: `flops_<unit>_<convention>` for each convention, and the columns below
+    y: str = 'top1', # the column of the vertical axis; its spread, if known, is `<y>_std`
+    name: str = 'model', # the column with the models' names
+    group: str | None = None, # the column that colours them
+    unit: str = 'g', # `'g'` or `'m'`: billions or millions
+    label: str | None = None, # of the vertical axis; None: `y`
+    ax=None, # Axes to draw on; None: a new figure
+): # the Axes
+    "Accuracy against FLOPs: for each model a mark by each convention"
+    columns = {c: f'flops_{unit}_{c}' for c in CONVENTION_MARKS}
+    _check_columns(frame, y, name, group, *columns.values())
+    if ax is None: ax = plt.subplots(figsize=(6.8, 4.2), layout='constrained')[1]
+    groups = [''] if group is None else list(dict.fromkeys(frame[group]))
+    colours = dict(zip(groups, sns.color_palette('colorblind', len(groups))))
+    for _, line in frame.iterrows():
+        xs, colour = [line[c] for c in columns.values()], colours[line[group] if group else '']
+        ax.plot(xs, [line[y]] * 3, color=colour, lw=1, alpha=.6, zorder=1)
+        if f'{y}_std' in frame: ax.errorbar(xs[-1], line[y], yerr=line[f'{y}_std'], color=colour, lw=1, capsize=2, zorder=1)
+        for x, (mark, _) in zip(xs, CONVENTION_MARKS.values()): ax.plot(x, line[y], mark, color=colour, ms=6, mec='white', mew=.6, zorder=2)
+        others, near = frame[frame[name] != line[name]], .04 * (frame[y].max() - frame[y].min())
+        close = others[(others[y] - line[y]).abs().lt(near) & others[columns['nine']].between(max(xs) / 1.3, max(xs) * 1.3)][y]
+        side = 0 if not len(close) else 4 if line[y] >= close.max() else -4
+        ax.annotate(line[name], (max(xs), line[y]), xytext=(6, side), textcoords='offset points', fontsize=7.5, va='center')
+    marks = [Line2D([], [], marker=m, ls='none', color='.3', label=what) for m, what in CONVENTION_MARKS.values()]
+    if group: marks += [Line2D([], [], lw=3, color=colours[g], label=g) for g in groups]
+    ax.legend(handles=marks, fontsize=8, frameon=False, loc='best')
+    ax.set_xscale('log'), ax.margins(x=.12), plain_numbers(ax.xaxis)
+    ax.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    ax.set(xlabel=f'{dict(g="G", m="M")[unit]}FLOPs of one image', ylabel=label or y)
+    ax.grid(color='.93', lw=.7), ax.set_axisbelow(True), sns.despine(ax=ax)
+    return ax

@@ -17,7 +17,7 @@ from localmamba.classify import ASIDE, SETTINGS, chosen_recipe, classifier, eval
 from localmamba.models.weights import load_weights, to_released
 from localmamba.photos import eval_transform, photo_folder, photo_loaders, train_transform
 from localmamba.recipe import EMA, Mix, RECIPES, TopRecord, fit_options, recipe
-from localmamba.runs import Run, read_json
+from localmamba.runs import Run
 from localmamba.train import NonFiniteLoss, fit, learner, param_groups, seed_everything
 from test_train import Batches, Stop, data, digits, fastais, global_torchs, mlp, ours, same, torchs
 
