@@ -238,7 +238,7 @@ def status(
     where: str, # how far it is
 ) -> str: # one line
     "What a status line says"
-    said, score = [label, where] if label else [where], {'top1': 'top-1', 'miou': 'mIoU'}
+    said, score = [label, where] if label else [where], {'top1': 'top-1', 'miou': 'mIoU', 'AP_box': 'box AP'}
     if row: said += [f'loss {row["train_loss"]:.3f}', *(f'{word} {row[name]:.2f} %' for name, word in score.items() if row.get(name) is not None),
                      f'{row["seconds"]:.0f} s']
     return ' · '.join(said)
