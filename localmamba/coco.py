@@ -104,6 +104,7 @@ class CocoFolder:
         if ok: ok = min(left + width, entry['width']) > max(left, 0) and min(top + height, entry['height']) > max(top, 0)
         self.left_out['instances of zero area'] += not ok
         return ok
+    files = property(lambda self: [(self.folder/entry['file_name'],) for entry, _ in self.entries])  # asked for in messages
     def __len__(self): return len(self.entries)
     def __repr__(self):
         crowds = sum(bool(a.get('iscrowd')) for _, instances in self.entries for a in instances)
