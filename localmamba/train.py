@@ -596,6 +596,6 @@ class KeepWeights(Callback):
             torch.save({'model': unwrapped(self.learn.model).state_dict(), **({'ema_model': average.state_dict()} if average else {})}, f)
 
 # %% ../nbs/10_train.ipynb #e9a31942
-if __name__ == '__main__':
+if __name__ == '__main__' and _kernel() is None:
     from localmamba.classify import main
     main()
