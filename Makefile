@@ -38,7 +38,7 @@ results: env
 test: export OMP_WAIT_POLICY ?= passive
 test: env
 	$(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lab: env
 	$(BIN)/jupyter lab --notebook-dir nbs

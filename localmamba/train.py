@@ -23,7 +23,7 @@ from fastai.callback.training import GradientClip
 from fastai.distributed import DistributedTrainer
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
-from fastcore.basics import noop
+from fastcore.basics import noop, patch
 from timm.models._manipulate import group_with_matcher
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -361,42 +361,6 @@ class Record(Callback):
     def before_validate(self):
         self.valid_sum, self.valid_n = 0., 0
         self.reset()
-    def after_batch(self):
-        if not self.active: return
-        target, n = self.yb[0], len(self.xb[0])
-        loss = self.learn.loss.detach().double() * n
-        if self.training:
-            self.train_sum, self.train_n = self.train_sum + loss, self.train_n + n
-            if self.due(): self.save(whole=False)
-        else:
-            self.judge(self.pred, target)
-            self.valid_sum, self.valid_n = self.valid_sum + loss, self.valid_n + n
-    def after_epoch(self):
-        if not self.active: return
-        train_sum, train_n, valid_sum, self.valid_n = summed(self.train_sum, self.train_n, self.valid_sum, self.valid_n, device=self.learn.loss.device)
-        row = {'epoch': self.epoch, 'lr': self.opt.opt.param_groups[-1]['lr'],
-               'train_loss': train_sum / train_n, 'valid_loss': valid_sum / self.valid_n, **self.scores()}
-        self.seconds = time.perf_counter() - self.began
-        row['seconds'] = round(self.seconds, 2)
-        if not math.isfinite(row['valid_loss']):
-            raise NonFiniteLoss(f'the validation loss is {row["valid_loss"]} after epoch {self.epoch}; '
-                                f'last good checkpoint: {self.last_good}')
-        self.rows.append(row)
-        if self.store is not None and processes()[0] == 0: self.store.log(row)
-        self.save()
-        self.active = False
-    def due(self): # in the middle of an epoch; where there are several processes the first one's clock is asked, now and then
-        if self.store is None or not self.learn.closes or self.iter + 1 == self.n_iter: return False
-        if self.steps and (self.iter + 1) % self.steps == 0: return True
-        if not self.minutes or processes()[1] > 1 and (self.iter + 1) % 50: return False
-        return from_first(lambda: time.perf_counter() - self.kept > 60 * self.minutes)
-    def save(self, whole=True):
-        if self.store is None: return
-        self.learn.finite_loss.look()
-        self.seconds, self.kept = time.perf_counter() - self.began, time.perf_counter()
-        state = training_state(self.learn, whole)
-        if processes()[0] == 0: self.store.save_checkpoint(state)
-        self.last_good = f'{self.store.checkpoint_path} ({_place(state)})'
 
     # What is measured on the validation set. Other tasks than classification override these four.
     def reset(self): self.correct = 0
@@ -404,6 +368,51 @@ class Record(Callback):
     def scores(self): return {'top1': 100 * summed(self.correct, device=self.learn.loss.device)[0] / self.valid_n}
     def outcome(self): # what goes into metrics.json
         return {k: v for k, v in self.last_row.items() if k not in ('epoch', 'lr')}
+
+# %% ../nbs/10_train.ipynb #18f09ce1
+@patch
+def after_batch(self: Record):
+    if not self.active: return
+    target, n = self.yb[0], len(self.xb[0])
+    loss = self.learn.loss.detach().double() * n
+    if self.training:
+        self.train_sum, self.train_n = self.train_sum + loss, self.train_n + n
+        if self.due(): self.save(whole=False)
+    else:
+        self.judge(self.pred, target)
+        self.valid_sum, self.valid_n = self.valid_sum + loss, self.valid_n + n
+
+@patch
+def after_epoch(self: Record):
+    if not self.active: return
+    train_sum, train_n, valid_sum, self.valid_n = summed(self.train_sum, self.train_n, self.valid_sum, self.valid_n, device=self.learn.loss.device)
+    row = {'epoch': self.epoch, 'lr': self.opt.opt.param_groups[-1]['lr'],
+           'train_loss': train_sum / train_n, 'valid_loss': valid_sum / self.valid_n, **self.scores()}
+    self.seconds = time.perf_counter() - self.began
+    row['seconds'] = round(self.seconds, 2)
+    if not math.isfinite(row['valid_loss']):
+        raise NonFiniteLoss(f'the validation loss is {row["valid_loss"]} after epoch {self.epoch}; '
+                            f'last good checkpoint: {self.last_good}')
+    self.rows.append(row)
+    if self.store is not None and processes()[0] == 0: self.store.log(row)
+    self.save()
+    self.active = False
+
+@patch
+def due(self: Record): # in the middle of an epoch; where there are several processes the first one's clock is asked, now and then
+    if self.store is None or not self.learn.closes or self.iter + 1 == self.n_iter: return False
+    if self.steps and (self.iter + 1) % self.steps == 0: return True
+    if not self.minutes or processes()[1] > 1 and (self.iter + 1) % 50: return False
+    return from_first(lambda: time.perf_counter() - self.kept > 60 * self.minutes)
+
+@patch
+def save(self: Record, whole=True):
+    if self.store is None: return
+    self.learn.finite_loss.look()
+    self.seconds, self.kept = time.perf_counter() - self.began, time.perf_counter()
+    state = training_state(self.learn, whole)
+    if processes()[0] == 0: self.store.save_checkpoint(state)
+    self.last_good = f'{self.store.checkpoint_path} ({_place(state)})'
 
 # %% ../nbs/10_train.ipynb #3d71f213
 def training_state(
@@ -469,35 +478,46 @@ class EpochLearner(Learner):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
-    def all_batches(self):
-        self.n_iter, first = len(self.dl), self.first_batch if self.training and self.epoch == self.first_epoch else 0
-        self.iter = first
-        if first and hasattr(self.dl, 'start'): self.dl.start = first
-        batches = enumerate(self.dl, first if hasattr(self.dl, 'start') else 0)
-        if first:
-            if not hasattr(self.dl, 'start'): next(islice(batches, first - 1, None))
-            else: batches = chain([next(batches)], batches)
-            set_rng_state(self.rng)
-        for i, batch in batches: self.one_batch(i, batch)
-    def _do_one_batch(self):
-        with self._together(), self._precision(True): super()._do_one_batch()
-    def _do_grad_opt(self):
-        with self._precision(False):
-            self._with_events(self._backward, 'backward', CancelBackwardException)
-            if not self.closes: return
-            if self.scaler: self.scaler.unscale_(self.opt.opt)
-            self._with_events(self._step, 'step', CancelStepException)
-            self.opt.zero_grad()
-    def _backward(self):
-        last = self.n_iter % self.accumulate if self.iter >= self.n_iter - self.n_iter % self.accumulate else 0
-        loss = self.loss_grad / (last or self.accumulate) if self.accumulate > 1 else self.loss_grad
-        (self.scaler.scale(loss) if self.scaler else loss).backward()
-    def _step(self):
-        if not self.scaler: return self.opt.step()
-        self.scaler.step(self.opt.opt)
-        self.scaler.update()
 
 AMP = {'none': None, 'bf16': torch.bfloat16, 'fp16': torch.float16} # precision of the forward pass
+
+# %% ../nbs/10_train.ipynb #14098578
+@patch
+def all_batches(self: EpochLearner):
+    self.n_iter, first = len(self.dl), self.first_batch if self.training and self.epoch == self.first_epoch else 0
+    self.iter = first
+    if first and hasattr(self.dl, 'start'): self.dl.start = first
+    batches = enumerate(self.dl, first if hasattr(self.dl, 'start') else 0)
+    if first:
+        if not hasattr(self.dl, 'start'): next(islice(batches, first - 1, None))
+        else: batches = chain([next(batches)], batches)
+        set_rng_state(self.rng)
+    for i, batch in batches: self.one_batch(i, batch)
+
+@patch
+def _do_one_batch(self: EpochLearner):
+    with self._together(), self._precision(True): Learner._do_one_batch(self)
+
+@patch
+def _do_grad_opt(self: EpochLearner):
+    with self._precision(False):
+        self._with_events(self._backward, 'backward', CancelBackwardException)
+        if not self.closes: return
+        if self.scaler: self.scaler.unscale_(self.opt.opt)
+        self._with_events(self._step, 'step', CancelStepException)
+        self.opt.zero_grad()
+
+@patch
+def _backward(self: EpochLearner):
+    last = self.n_iter % self.accumulate if self.iter >= self.n_iter - self.n_iter % self.accumulate else 0
+    loss = self.loss_grad / (last or self.accumulate) if self.accumulate > 1 else self.loss_grad
+    (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+@patch
+def _step(self: EpochLearner):
+    if not self.scaler: return self.opt.step()
+    self.scaler.step(self.opt.opt)
+    self.scaler.update()
 
 # %% ../nbs/10_train.ipynb #c9ae51a6
 def learner(

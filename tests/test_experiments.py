@@ -77,8 +77,6 @@ def test_finished_runs_are_not_run_again(uninterrupted):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['-p', 'epoch', '3'], "unknown parameter 'epoch' (did you mean 'epochs'?)"),
-    (['-p', 'lr', 'fast'], "parameter 'lr': got 'fast'"),
     (['-y', 'rows: [diagonal]'], "rows: ['diagonal'] are unknown; allowed: ['horizontal'"),
     (['-p', 'dataset', 'cifar'], "name: got 'cifar'; allowed: digits, cifar10, folder")])
 def test_a_wrong_word_is_refused(tmp_path, args, words):

@@ -81,7 +81,7 @@ def test_a_notebook_can_be_read_on_a_page(path):
     assert path.stat().st_size <= 700 * 1024, f'{path.stat().st_size:,} bytes'
     for cell in json.loads(path.read_text())['cells']:
         if cell['cell_type'] != 'code': continue
-        assert len(''.join(cell['source']).splitlines()) <= 70, ''.join(cell['source'])[:200]
+        assert len(''.join(cell['source']).splitlines()) <= 60, ''.join(cell['source'])[:200]
         for output in cell['outputs']:
             kinds = set(output.get('data', {}))
             assert not any('widget' in kind for kind in kinds) or kinds & {'image/png', 'text/html'}, 'a cell that shows nothing without widgets'
