@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'ASIDE', 'settings', 'chosen_recipe', 'image_sets', 'image_loaders', 'classifier', 'facts', 'described',
-           'run_of', 'record_name', 'train', 'evaluate', 'write_confusion', 'launch', 'main']
+           'run_of', 'record_name', 'train', 'evaluate', 'write_confusion', 'launch', 'torchrun', 'process_group',
+           'main']
 
 # %% ../nbs/10b_classify.ipynb #e76db2e9
-import argparse, hashlib, json, math, os, subprocess, sys, tempfile, time
+import argparse, hashlib, json, os, subprocess, sys, tempfile, time
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import timm
@@ -188,14 +190,33 @@ def launch(
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder)/'settings.json'
         config.write_text(json.dumps(s))
-        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(s['num_processes']), '-m', 'localmamba.train', '--config', str(config)]
-        process = subprocess.Popen(command + (['--root', str(root)] if root else []), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        said, line = [], StatusLine()
-        for text in process.stdout:
-            said.append(text.rstrip())
-            line.update(said[-1] or ' ')
-        line.update(said[-1] if said else ' ', last=True)
-        if process.wait(): raise RuntimeError(f'torchrun ended with code {process.returncode}:\n' + '\n'.join(said[-40:]))
+        torchrun(['localmamba.train', '--config', str(config), *(['--root', str(root)] if root else [])], s['num_processes'])
+
+def torchrun(
+    words: list, # a module and its arguments
+    processes: int, # how many on this machine
+):
+    "Run a module in several processes by torch's launcher; what they print is shown in one line, the last of it in an error"
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '-m', *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said, line = [], StatusLine()
+    for text in process.stdout:
+        said.append(text.rstrip())
+        line.update(said[-1] or ' ')
+    line.update(said[-1] if said else ' ', last=True)
+    if process.wait(): raise RuntimeError(f'torchrun ended with code {process.returncode}:\n' + '\n'.join(said[-40:]))
+
+@contextmanager
+def process_group(
+    cpu: bool = False, # although there is a GPU
+): # yields this process's device
+    "The processes that `torchrun` started, as one group; alone where it started none"
+    several, cuda = int(os.environ.get('WORLD_SIZE', 1)) > 1, torch.cuda.is_available() and not cpu
+    if cuda: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    if several: torch.distributed.init_process_group('nccl' if cuda else 'gloo')
+    try: yield torch.device('cuda', torch.cuda.current_device()) if cuda else torch.device('cpu')
+    finally:
+        if several: torch.distributed.destroy_process_group()
 
 # %% ../nbs/10b_classify.ipynb #28f4f793
 def main(
@@ -215,11 +236,6 @@ def main(
         told[name] = yaml.safe_load(value) if value else ''
     s = settings(**{k: v for k, v in told.items() if k not in ('panels',)})
     if not s['epochs']: parser.error('epochs=0 evaluates, which the notebook imagenet does; training has 1 or more')
-    several, cuda = int(os.environ.get('WORLD_SIZE', 1)) > 1, torch.cuda.is_available() and given.device != 'cpu'
-    if cuda: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    if several: torch.distributed.init_process_group('nccl' if cuda else 'gloo')
-    try:
-        run = train(s, given.root, torch.device('cuda', torch.cuda.current_device()) if cuda else 'cpu')
+    with process_group(given.device == 'cpu') as device:
+        run = train(s, given.root, device)
         if processes()[0] == 0: print(f'{run.label}: {json.dumps(run.metrics)}\nrecord: {run.dir}', flush=True)
-    finally:
-        if several: torch.distributed.destroy_process_group()

@@ -380,6 +380,8 @@ class SegmentationRecord(Record):
     def judge(self, pred, target):
         self.matrix = self.matrix + confusion(resized(pred, target.shape[1:]).argmax(1), target, pred.shape[1])
     def scores(self):
+        if not isinstance(self.matrix, Tensor): # a process without an image
+            self.matrix = torch.zeros(self.dls.train.c, self.dls.train.c, dtype=torch.int64, device=self.learn.loss.device)
         if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(self.matrix)
         said = scores(self.matrix)
         self.iou = [None if math.isnan(v) else round(v, 4) for v in said.pop('iou')]

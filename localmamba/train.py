@@ -616,6 +616,7 @@ class KeepWeights(Callback):
             torch.save({'model': unwrapped(self.learn.model).state_dict(), **({'ema_model': average.state_dict()} if average else {})}, f)
 
 # %% ../nbs/10_train.ipynb #e9a31942
+#| eval: false
 if __name__ == '__main__' and _kernel() is None:
     from localmamba.classify import main
     main()
