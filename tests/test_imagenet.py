@@ -13,7 +13,7 @@ from fastai.data.core import DataLoaders
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from localmamba.classify import ASIDE, SETTINGS, chosen_recipe, classifier, evaluate, image_loaders, image_sets, run_of, settings, train
+from localmamba.classify import ASIDE, SETTINGS, chosen_recipe, classifier, evaluate, image_loaders, image_sets, main, run_of, settings, train
 from localmamba.models.weights import load_weights, to_released
 from localmamba.photos import eval_transform, photo_folder, photo_loaders, train_transform
 from localmamba.recipe import EMA, Mix, RECIPES, TopRecord, fit_options, recipe
@@ -286,8 +286,7 @@ def test_the_command_line_trains_and_leaves_the_record_of_the_notebook(tmp_path)
     s = settings(n_train=64, n_valid=20, model='test_local_vim', model_options={}, epochs=1, seed=3, recipe_options={'batch_size': 16})
     run = run_of(s, tmp_path)
     assert run.finished and (run.dir/'weights.pt').exists() and run.name in said.stdout
-    wrong = subprocess.run([sys.executable, '-m', 'localmamba.train', 'sede=3'], env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
-    assert wrong.returncode and 'unknown sede; allowed: dataset' in wrong.stderr
+    with pytest.raises(ValueError, match='unknown sede; allowed: dataset'): main(['sede=3'])
 
 
 def test_tensorboard_if_asked(tmp_path):
