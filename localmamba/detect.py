@@ -38,8 +38,9 @@ from torchvision.ops.poolers import initLevelMapper
 
 import localmamba.models.localvmamba
 from .coco import CocoFolder, as_results, average_precision
-from .models.backbone import Backbone
-from .models.weights import load_released, read_checkpoint
+from .models.backbone import Backbone, backbone_of
+from .models.weights import load_whole
+from .recipe import from_recipes
 from .samples import SampleLoader, fitted, normalised, rescaled
 from .train import Record, StatusLine, of_all, processes, summed
 
@@ -284,26 +285,21 @@ def forward(self: Detector,
 def detector(
     model: str,  # timm name of the backbone
     num_classes: int = 80,
-    weights=None,  # released classification checkpoint of the backbone, see `load_released`
+    weights=None,  # classification checkpoint of the backbone, see `load_weights`
     backbone: dict | None = None,  # for timm.create_model
     tap: str = 'mixer',  # see `Backbone`
     norm: str = 'layer',  # see `Backbone`
     **head,  # for `Detector`
 ) -> Detector:
     "A backbone by name under Mask R-CNN."
-    net = timm.create_model(model, **(backbone or {}))
-    if weights: load_released(net, weights)
-    plain = len({f['reduction'] for f in net.feature_info}) == 1
-    return Detector(Backbone(net, (len(net.feature_info) - 1,) if plain else None, tap, norm), num_classes, **head)
+    return Detector(backbone_of(model, weights, backbone, tap, norm, last=True), num_classes, **head)
 
 def load_detector(
     net: Detector,
     path,  # a file with its state dict, plain or under 'model'
 ) -> Detector:  # the same, for chaining
     "Load a trained detector, strictly; raises `ValueError` saying what does not fit."
-    try: net.load_state_dict(read_checkpoint(path))
-    except RuntimeError as e: raise ValueError(f'{path} does not fit this detector: {str(e)[:2000]}') from e
-    return net
+    return load_whole(net, path, 'detector')
 
 # %% ../nbs/11_detect.ipynb #7924c40a
 class Counted(nn.Module):
@@ -339,12 +335,8 @@ def recipe(
     **changes,  # other values; None and 0 leave the recipe's
 ) -> dict:
     "A recipe with some values changed; raises `ValueError` for names it does not have."
-    if name not in RECIPES: raise ValueError(f'recipe={name!r} is unknown: allowed are {tuple(RECIPES)}')
-    unknown = sorted(changes.keys() - RECIPES[name].keys())
-    if unknown: raise ValueError(f'{unknown} are not in a recipe: allowed are {tuple(RECIPES[name])}')
-    changes = {k: v for k, v in changes.items() if v is not None and v != 0}
-    settings = RECIPES[name] | changes
-    if 'iterations' in changes:
+    settings = from_recipes(RECIPES, name, zero=False, **changes)
+    if changes.get('iterations'):
         old = RECIPES[name]['iterations'] or RECIPES[name]['epochs']
         settings |= dict(epochs=0, every=min(settings['every'] or changes['iterations'], changes['iterations']), drops=tuple(round(d * changes['iterations'] / old) for d in RECIPES[name]['drops']))
     return settings

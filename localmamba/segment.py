@@ -26,8 +26,9 @@ from transformers.models.upernet.modeling_upernet import UperNetConvModule, Uper
 
 import localmamba.models.localvmamba
 from .data import IGNORE, CorruptImage, LabelledFolder
-from .models.backbone import Backbone
-from .models.weights import load_released, read_checkpoint
+from .models.backbone import Backbone, backbone_of
+from .models.weights import load_whole
+from .recipe import from_recipes
 from .samples import MEAN, STD, SampleLoader, fitted, normalised, rescaled
 from .train import Record, StatusLine
 
@@ -101,16 +102,14 @@ def forward(self: UperNet,
 def segmenter(
     model: str,  # timm name of the backbone
     num_classes: int = 150,
-    weights=None,  # released classification checkpoint of the backbone, see `load_released`
+    weights=None,  # classification checkpoint of the backbone, see `load_weights`
     backbone: dict | None = None,  # for timm.create_model
     tap: str = 'mixer',  # see `Backbone`
     norm: str = 'layer',  # see `Backbone`
     **head,  # for `UperNet`
 ) -> UperNet:
     "A backbone by name under UperNet."
-    net = timm.create_model(model, **(backbone or {}))
-    if weights: load_released(net, weights)
-    return UperNet(Backbone(net, tap=tap, norm=norm), num_classes, **head)
+    return UperNet(backbone_of(model, weights, backbone, tap, norm), num_classes, **head)
 
 
 def load_segmenter(
@@ -118,9 +117,7 @@ def load_segmenter(
     path,  # a file with its state dict, plain or under 'model'
 ) -> UperNet:  # the same, for chaining
     "Load a trained segmenter, strictly; raises `ValueError` saying what does not fit."
-    try: net.load_state_dict(read_checkpoint(path))
-    except RuntimeError as e: raise ValueError(f'{path} does not fit this segmenter: {str(e)[:2000]}') from e
-    return net
+    return load_whole(net, path, 'segmenter')
 
 # %% ../nbs/12_segment.ipynb #b8485a4e
 def resized(
@@ -164,10 +161,7 @@ def recipe(
     **changes,  # other values; None and 0 leave the recipe's
 ) -> dict:
     "A recipe with some values changed; raises `ValueError` for names it does not have."
-    if name not in RECIPES: raise ValueError(f'recipe={name!r} is unknown: allowed are {tuple(RECIPES)}')
-    unknown = sorted(changes.keys() - RECIPES[name].keys())
-    if unknown: raise ValueError(f'{unknown} are not in a recipe: allowed are {tuple(RECIPES[name])}')
-    return RECIPES[name] | {k: v for k, v in changes.items() if v is not None and v != 0}
+    return from_recipes(RECIPES, name, zero=False, **changes)
 
 # %% ../nbs/12_segment.ipynb #ed503bab
 def crop_box(
