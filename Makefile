@@ -41,7 +41,7 @@ test: env
 	$(BIN)/python -m pytest -n 2
 
 lab: env
-	$(BIN)/jupyter lab --notebook-dir nbs
+	$(BIN)/jupyter lab --notebook-dir . nbs/index.ipynb
 
 export: env
 	$(BIN)/nbdev_export

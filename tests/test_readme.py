@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT/'README.md', *ROOT.glob('*/README.md'), *sorted((ROOT/'nbs').glob('*.ipynb'))]
+PAGES = [ROOT/'README.md', *ROOT.glob('*/README.md'), *sorted((ROOT/'nbs').rglob('*.ipynb'))]
 
 
 def text(page):

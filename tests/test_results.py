@@ -74,7 +74,7 @@ def test_every_experiment_is_on_the_page():
         if configs: assert any(f"'{config.stem}'" in source for config in configs), path.stem
 
 
-def notebooks(): return sorted((ROOT/'nbs').glob('*.ipynb'))
+def notebooks(): return sorted((ROOT/'nbs').rglob('*.ipynb'))
 
 @pytest.mark.parametrize('path', notebooks(), ids=lambda path: path.stem)
 def test_a_notebook_can_be_read_on_a_page(path):
