@@ -7,9 +7,9 @@ __all__ = ['LUMA', 'TRAIN_STRIPS', 'VALID_STRIPS', 'MAX_CROP', 'SUFFIXES', 'VALI
            'DATASETS', 'IGNORE', 'ADE20K_CLASSES', 'ADE20K_COLOURS', 'ADE20K_LAYOUT', 'SPLIT_NAMES',
            'COCO_SEMANTIC_LAYOUT', 'SCENE_CLASSES', 'SCENE_COLOURS', 'AUGMENTS', 'ImageSet', 'take', 'subset',
            'show_images', 'split_digits', 'legible_colour', 'draw_digit', 'crop_photo', 'digit_scenes', 'fit_square',
-           'image_folder', 'data_dir', 'find_cifar10', 'cifar10', 'load_data', 'Scene', 'paint_scene', 'scenes',
-           'read_labels', 'CorruptImage', 'LabelledFolder', 'ade20k', 'coco_semantic', 'ade20k_scenes', 'reflect',
-           'parse_augment', 'pick', 'erase', 'MemoryLoader', 'channel_stats', 'loaders']
+           'image_folder', 'find_cifar10', 'cifar10', 'load_data', 'Scene', 'paint_scene', 'scenes', 'read_labels',
+           'CorruptImage', 'LabelledFolder', 'ade20k', 'coco_semantic', 'ade20k_scenes', 'reflect', 'parse_augment',
+           'pick', 'erase', 'MemoryLoader', 'channel_stats', 'loaders', 'data_dir']
 
 # %% ../nbs/lib/21_images.ipynb #5472cd3d
 import colorsys, copy, hashlib, json, lzma, os, tarfile, tempfile, warnings, zlib
@@ -26,6 +26,9 @@ from fastcore.basics import patch
 from matplotlib import pyplot as plt
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
+from .files import data_dir
+
+_all_ = ['data_dir'] # written once, in `19_files`
 
 # %% ../nbs/lib/21_images.ipynb #55d048c0
 @dataclass(eq=False)
@@ -376,11 +379,6 @@ def _pair(path, arrays, skip_corrupt):
 
 # %% ../nbs/lib/21_images.ipynb #94671487
 CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
-
-def data_dir() -> Path: # `data` beside the nearest settings.ini, else in the working directory
-    "Where data sets are looked for"
-    here = Path.cwd()
-    return next((d for d in (here, *here.parents) if (d / 'settings.ini').exists()), here) / 'data'
 
 def find_cifar10(
     download: bool = True, # ask fastai for it when it is not in `data`
