@@ -2,6 +2,8 @@
 # make <experiment> ARGS="-p epochs 30"
 # make results                  write the README's tables and figures from the records
 # make test                     set up .venv, test every notebook and the rest
+# make check                    the short test: package in step, ruff, what is fast
+# make slow                     the tests that take minutes each: fuzzing, kills
 # make lab                      open the notebooks in JupyterLab
 # make export | lock            for those who change the code
 
@@ -12,7 +14,7 @@ EXPERIMENTS := $(filter-out index results, $(basename $(notdir $(wildcard nbs/[a
 # Certificates are the system's, as for pip, so that a company's proxy is no obstacle.
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: help env test lab export lock results $(EXPERIMENTS)
+.PHONY: help env test check slow lab export lock results $(EXPERIMENTS)
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -20,11 +22,13 @@ help:
 
 env: .venv/.ready
 
-.venv/.ready: requirements.lock setup.py settings.ini
+.venv/.ready: requirements.lock setup.py settings.ini nbs/jupyter_server_config.json
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	mkdir -p .venv/etc/jupyter/jupyter_server_config.d
+	cp nbs/jupyter_server_config.json .venv/etc/jupyter/jupyter_server_config.d/localmamba.json
 	touch $@
 
 $(EXPERIMENTS): env
@@ -35,10 +39,13 @@ results: env
 	$(BIN)/papermill nbs/results.ipynb results/executed.ipynb $(ARGS)
 
 # Notebooks are tested two at a time. Threads that spin while they wait for each other would make that ten times slower on two cores.
-test: export OMP_WAIT_POLICY ?= passive
+test check slow: export OMP_WAIT_POLICY ?= passive
 test: env
-	$(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python tests/suite.py
+check: env
+	$(BIN)/python tests/suite.py --check
+slow: env
+	$(BIN)/python -m pytest -m slow -n 2
 
 lab: env
 	$(BIN)/jupyter lab --notebook-dir . nbs/index.ipynb

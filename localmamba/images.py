@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SKIP', 'SUFFIXES', 'VALID_NAMES', 'LAYOUT', 'SPLITS', 'SPLIT_NAMES', 'CIFAR10', 'ImageSet', 'take', 'subset',
            'show_images', 'CorruptImage', 'open_image', 'fit_square', 'is_image', 'fingerprint', 'image_folder',
-           'data_dir', 'find_cifar10', 'cifar10']
+           'find_cifar10', 'cifar10', 'data_dir']
 
 # %% ../nbs/lib/21_images.ipynb #5472cd3d
 import hashlib, lzma, os, tarfile, tempfile, warnings, zlib
@@ -18,6 +18,9 @@ from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import patch
 from matplotlib import pyplot as plt
 from PIL import Image
+from .files import data_dir
+
+_all_ = ['data_dir'] # written once, in `19_files`
 
 # %% ../nbs/lib/21_images.ipynb #55d048c0
 @dataclass(eq=False)
@@ -277,11 +280,6 @@ def _pair(path, arrays, skip_corrupt):
 
 # %% ../nbs/lib/21_images.ipynb #94671487
 CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
-
-def data_dir() -> Path: # `data` beside the nearest settings.ini, else in the working directory
-    "Where data sets are looked for"
-    here = Path.cwd()
-    return next((d for d in (here, *here.parents) if (d / 'settings.ini').exists()), here) / 'data'
 
 def find_cifar10(
     download: bool = True, # ask fastai for it when it is not in `data`

@@ -1,0 +1,42 @@
+"What JupyterLab does to the notebooks: opening one and saving it leaves the file as it was."
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from jupyter_server.services.contents.largefilemanager import LargeFileManager
+from traitlets.config import Config
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = json.loads((ROOT/'nbs/jupyter_server_config.json').read_text())
+
+
+@pytest.fixture(scope='module')
+def served(tmp_path_factory):
+    "A server's view of a copy of the notebooks."
+    root = tmp_path_factory.mktemp('lab')
+    for path in (ROOT/'nbs').rglob('*.ipynb'):
+        copy = root/path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    shutil.copy(ROOT/'settings.ini', root)
+    return root, LargeFileManager(root_dir=str(root), config=Config(SETTINGS))
+
+
+@pytest.mark.parametrize('name', sorted(str(p.relative_to(ROOT)) for p in (ROOT/'nbs').rglob('*.ipynb')))
+def test_a_notebook_opened_and_saved_is_unchanged(served, name, monkeypatch):
+    root, manager = served
+    monkeypatch.chdir(root)
+    before = (root/name).read_bytes()
+    model = manager.get(name)
+    model['content']['metadata']['kernelspec']['display_name'] = 'Python 3 (ipykernel)'
+    model['content']['metadata']['language_info'] = {'name': 'python', 'version': '3.11.7', 'mimetype': 'text/x-python'}
+    for cell in model['content']['cells']: cell['metadata']['trusted'] = True
+    manager.save(model, name)
+    assert (root/name).read_bytes() == before
+
+
+def test_the_lab_serves_what_the_tour_links_to():
+    recipe = (ROOT/'Makefile').read_text()
+    assert 'jupyter lab --notebook-dir . nbs/index.ipynb' in recipe
+    assert 'jupyter_server_config.d/localmamba.json' in recipe
