@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, default_collate
 from .images import SKIP, CorruptImage
 
 # %% ../nbs/lib/24_stream.ipynb #d82864e4
-MEAN, STD = (255 * np.array(values, np.float32) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)) # of pixels from 0 to 255
+MEAN, STD = ((255 * np.array(values)).astype(np.float32) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)) # of pixels from 0 to 255
 
 def fitted(
     size,  # height and width
