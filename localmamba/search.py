@@ -11,7 +11,6 @@ __all__ = ['PLANTED', 'search_weights', 'top_directions', 'searched_directions',
 import hashlib
 import json
 import math
-import os
 import re
 from collections import Counter
 from itertools import combinations
@@ -23,6 +22,7 @@ import torch
 from fastai.callback.core import Callback
 from torch import Tensor, nn
 
+from .files import write_text
 from .mixer import ScanMixer, check_choice, check_directions, layer_directions
 from .models.weights import read_checkpoint
 from .scan import DIRECTIONS
@@ -174,13 +174,6 @@ def fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 # %% ../nbs/lib/20_search.ipynb #d2c6b5ac
-def _write_text(path, text):
-    "Write a file, whole or not at all (`localmamba.runs` does the same for records, but stands further down)."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    part.write_text(text, encoding='utf-8')
-    os.replace(part, path)
-
 def write_directions(
     path,  # of the JSON file
     directions,  # one tuple a layer
@@ -196,7 +189,7 @@ def write_directions(
               'provenance': provenance or {}}
     if probabilities is not None:
         record['probabilities'] = np.asarray(probabilities, dtype=np.float64).round(6).tolist()
-    _write_text(path, json.dumps(record, indent=1) + '\n')
+    write_text(path, json.dumps(record, indent=1) + '\n')
     return path
 
 # %% ../nbs/lib/20_search.ipynb #66946882
@@ -267,7 +260,7 @@ class AlphaRecord(Callback):
             self.rows.append({'epoch': self.epoch, 'layer': layer, 'entropy': h, **dict(zip(candidates, row))})
         if self.folder is None: return
         folder, how = Path(self.folder), {**self.provenance, 'epochs': self.epoch + 1}
-        _write_text(folder/'alpha.csv', self.table.to_csv(index=False))
+        write_text(folder/'alpha.csv', self.table.to_csv(index=False))
         chosen = top_directions(weights, candidates, self.top)
         write_directions(folder/'directions.json', chosen, candidates, how.pop('model', ''), p, how)
 

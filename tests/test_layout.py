@@ -1,0 +1,104 @@
+"The house: a module imports only from notebooks above its own, stays short, and uses nobody's private names."
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT/'localmamba'
+MODULES = sorted(p for p in PACKAGE.rglob('*.py') if p.name not in ('_modidx.py', '__init__.py'))
+LINES, ARGUMENTS = 430, 8
+
+
+def module_of(path): return '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+
+
+def number(path):
+    "Place in the reading order: the number of the notebook that a module is exported from."
+    found = re.search(r'File to edit: \S*?nbs/lib/(\d+)\w*_', path.read_text())
+    assert found, f'{path.name}: it names no numbered notebook'
+    return int(found[1])
+
+
+def imports(path):
+    "Modules of the package that a module imports, also within functions, with the names it takes from each."
+    package = module_of(path).split('.')[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            name = '.'.join([*base, *(node.module or '').split('.')]).strip('.')
+            if not name.startswith('localmamba'): continue
+            inner = [alias.name for alias in node.names if (PACKAGE.parent/f'{name}.{alias.name}'.replace('.', '/')).with_suffix('.py').exists()]
+            for alias in inner: yield f'{name}.{alias}', ()
+            if len(inner) < len(node.names): yield name, tuple(a.name for a in node.names if a.name not in inner)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, ()) for alias in node.names if alias.name.startswith('localmamba.'))
+
+
+NUMBER = {module_of(path): number(path) for path in MODULES}
+
+
+@pytest.mark.parametrize('path', MODULES, ids=module_of)
+def test_imports_come_from_above(path):
+    for name, _ in imports(path):
+        if name in NUMBER: assert NUMBER[name] <= NUMBER[module_of(path)], f'{name} ({NUMBER[name]}) is read after {module_of(path)} ({NUMBER[module_of(path)]})'
+
+
+def test_there_is_no_circle():
+    graph = {module_of(path): {name for name, _ in imports(path)} for path in MODULES}
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, ' → '.join([*path[path.index(name):], name])
+        if name in done or name not in graph: return
+        path.append(name)
+        for other in sorted(graph[name]): visit(other)
+        done.add(path.pop())
+
+    for name in graph: visit(name)
+
+
+@pytest.mark.parametrize('path', MODULES, ids=module_of)
+def test_no_private_name_of_another_room(path):
+    tree = ast.parse(path.read_text())
+    aliases = {}
+    for name, taken in imports(path):
+        private = [n for n in taken if n.startswith('_') and not n.startswith('__')]
+        assert not private, f'{module_of(path)} imports {private} of {name}'
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or '').startswith('localmamba')):
+            aliases |= {a.asname or a.name for a in node.names if module_like(node, a.name, path)} and {a.asname or a.name: a.name for a in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            assert not node.attr.startswith('_') or node.attr.startswith('__'), f'{module_of(path)} uses {node.value.id}.{node.attr}'
+
+
+def module_like(node, name, path):
+    base = path.parent
+    for _ in range(max(node.level - 1, 0)): base = base.parent
+    folder = base.joinpath(*(node.module or '').split('.')) if node.level else ROOT.joinpath(*node.module.split('.'))
+    return (folder/f'{name}.py').exists()
+
+
+@pytest.mark.parametrize('path', MODULES, ids=module_of)
+def test_a_room_is_short(path):
+    code = [line for line in path.read_text().splitlines() if not line.startswith('# %%')]
+    assert len(code) <= LINES, f'{len(code)} lines; allowed: {LINES}'
+
+
+@pytest.mark.parametrize('path', MODULES, ids=module_of)
+def test_no_long_rows_of_positions(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): continue
+        positions = [a.arg for a in [*node.args.posonlyargs, *node.args.args] if a.arg not in ('self', 'cls', 'ctx')]
+        if len(positions) > ARGUMENTS and not allowed(node, path): pytest.fail(f'{module_of(path)}.{node.name}: {len(positions)} positional arguments')
+
+
+#: Signatures that are others': `mamba_ssm`'s function and the mirror of it, tensors of an operator, and Triton's kernels, which take no structure.
+PUBLIC_BY_CONTRACT = {'selective_scan_fn', 'selective_scan_ref', 'directional_scan', 'directional_scan_ref'}
+
+
+def allowed(node, path):
+    decorators = {ast.unparse(d).split('(')[0].split('.')[-1] for d in node.decorator_list}
+    return node.name in PUBLIC_BY_CONTRACT or 'jit' in decorators or bool(re.search(r'operator|the schema', ast.get_docstring(node) or ''))
