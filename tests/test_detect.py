@@ -26,8 +26,10 @@ from localmamba import coco
 from localmamba.coco import CocoFolder, as_results, average_precision, coco_instances, coco_scenes, truth_as_results
 from localmamba.cost import count_flops, count_parameters
 from localmamba.data import scenes
-from localmamba.detect import (RECIPES, STAGES, Anchors, Counted, DetectionLoader, EvalTransform, TrainTransform, as_target, detector, evaluate, fit_options, head_options,
-                               load_detector, loaders, predict, recipe, restored, steps)
+from localmamba.detector import STAGES, Anchors, Counted
+from localmamba.detect import (DetectionLoader, EvalTransform, TrainTransform, as_target, detector, evaluate, fit_options, head_options,
+                               load_detector, loaders, predict, restored, steps)
+from localmamba.recipes import DETECTION, recipe
 from localmamba.models.backbone import Backbone
 from localmamba.models.weights import to_released
 from localmamba.scan import inverse_order, scan_order
@@ -54,7 +56,7 @@ def test_a_configuration_builds_the_model_of_its_row(path):
     cells = json.loads((ROOT/'nbs/coco.ipynb').read_text())['cells']
     exec(''.join(next(c['source'] for c in cells if 'parameters' in c['metadata'].get('tags', []))), declared)
     assert not set(said) - set(declared)
-    settings = recipe(said['recipe_name'])
+    settings = recipe(said['recipe_name'], DETECTION)
     fit_options(settings, 117_266)
     if not said.get('row'): return
     expected, counted = PAPER[said['table']].params_m[said['row']], parameters(said['model'], json.dumps(said['model_options']), said['recipe_name'] == 'vitdet')
@@ -62,7 +64,7 @@ def test_a_configuration_builds_the_model_of_its_row(path):
 
 @lru_cache
 def parameters(model, options, vitdet):
-    with torch.device('meta'): return count_parameters(detector(model, 80, backbone=json.loads(options), **head_options(recipe('vitdet' if vitdet else '1x')))) / 1e6
+    with torch.device('meta'): return count_parameters(detector(model, 80, backbone=json.loads(options), **head_options(recipe('vitdet' if vitdet else '1x', DETECTION)))) / 1e6
 
 def test_parameters_and_flops_to_three_digits():
     assert [round(parameters(f'local_vmamba_{size}', '{}', False), 2) for size in ('tiny', 'small')] == [45.03, 69.25]
@@ -71,11 +73,11 @@ def test_parameters_and_flops_to_three_digits():
     assert round(count_flops(Counted(net), (800, 1280)) / 1e9) == 291
 
 def test_recipes_are_those_of_the_facts():
-    assert steps(recipe('3x'), 117_266)['drops'] == (27 * 7330, 33 * 7330) and steps(recipe('vitdet'), 1)['drops'] == (163_889, 177_546)
-    for name in RECIPES: assert fit_options(recipe(name), 117_266)['epochs'] > 0
-    shorter = recipe('vitdet', iterations=100)
+    assert steps(recipe('3x', DETECTION), 117_266)['drops'] == (27 * 7330, 33 * 7330) and steps(recipe('vitdet', DETECTION), 1)['drops'] == (163_889, 177_546)
+    for name in DETECTION: assert fit_options(recipe(name, DETECTION), 117_266)['epochs'] > 0
+    shorter = recipe('vitdet', DETECTION, iterations=100)
     assert shorter['drops'] == (89, 96) and fit_options(shorter, 5)['epochs'] == 1
-    with pytest.raises(ValueError, match="'learning_rate'"): recipe('1x', learning_rate=1)
+    with pytest.raises(ValueError, match="'learning_rate'"): recipe('1x', DETECTION, learning_rate=1)
 
 
 # --- the detector
@@ -348,7 +350,7 @@ def test_results_are_json_of_cocos_form(root):
 # --- samples
 
 def test_samples_are_the_same_whoever_makes_them(root):
-    train, settings = coco_instances(root), recipe('scenes', iterations=6, batch_size=4) | dict(every=3, mirror=0.5, augment='jitter', limits=(96, 96))
+    train, settings = coco_instances(root), recipe('scenes', DETECTION, iterations=6, batch_size=4) | dict(every=3, mirror=0.5, augment='jitter', limits=(96, 96))
     def passes(n, start=0, **kwargs):
         loader = loaders(train, train, settings, seed=5, device='cpu', **kwargs).train
         loader.load_state_dict(dict(seed=5, epoch=start))
@@ -371,7 +373,7 @@ def test_a_crop_without_instances_is_a_sample():
 def test_wrong_words():
     with pytest.raises(ValueError, match="augment='crop'"): TrainTransform('crop')
     with pytest.raises(ValueError, match='num_classes=0'): detector('test_local_vim', 0)
-    with pytest.raises(ValueError, match='recipe=.paper'): recipe('paper')
+    with pytest.raises(ValueError, match='recipe=.paper'): recipe('paper', DETECTION)
 
 
 # --- the experiment

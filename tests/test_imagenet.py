@@ -13,12 +13,14 @@ from fastai.data.core import DataLoaders
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from localmamba.classify import ASIDE, SETTINGS, chosen_recipe, classifier, evaluate, image_loaders, image_sets, main, run_of, settings, train
+from localmamba.classify import ASIDE, SETTINGS, chosen_recipe, classifier, evaluate, image_loaders, image_sets, run_of, settings, train
 from localmamba.models.weights import load_weights, to_released
 from localmamba.photos import eval_transform, photo_folder, photo_loaders, train_transform
-from localmamba.recipe import EMA, Mix, RECIPES, TopRecord, fit_options, recipe
+from localmamba.recipes import EMA, Mix, RECIPES, TopRecord, fit_options, recipe
 from localmamba.runs import Run
-from localmamba.train import NonFiniteLoss, fit, learner, param_groups, seed_everything
+from localmamba.launch import main
+from localmamba.optim import param_groups
+from localmamba.train import NonFiniteLoss, fit, learner, seed_everything
 from test_train import Batches, Stop, data, digits, fastais, global_torchs, mlp, ours, same, torchs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -213,9 +215,10 @@ torch.set_num_threads(1)
 from fastai.data.core import DataLoaders
 from torch import distributed, nn
 from localmamba.data import digit_scenes, loaders
-from localmamba.recipe import EMA, TopRecord
+from localmamba.recipes import EMA, TopRecord
 from localmamba.runs import Run
-from localmamba.train import Callback, fit, processes, unwrapped
+from localmamba.processes import processes, unwrapped
+from localmamba.train import Callback, fit
 from test_train import Stop
 
 def problem():
@@ -269,7 +272,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_loaders_that_cannot_be_shared_are_refused():
-    from localmamba.train import Together
+    from localmamba.processes import Together
     learn = learner(mlp(), ours())
     together = Together('cpu')
     together.learn = learn

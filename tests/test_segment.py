@@ -18,8 +18,9 @@ from PIL import Image
 from localmamba.cost import count_parameters
 from localmamba.data import IGNORE, LabelledFolder, ade20k, ade20k_scenes, coco_semantic, read_labels, scenes
 from localmamba.models.weights import to_released
+from localmamba.recipes import SEGMENTATION, recipe
 from localmamba.segment import (EvalTransform, SegmentationLoader, TrainTransform, confusion, crop_box, evaluate, fitted, load_segmenter,
-                                loaders, photometric, predict, recipe, scores, segmenter, slide)
+                                loaders, photometric, predict, scores, segmenter, slide)
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT/'nbs/configs/ade20k').glob('*.yaml'))
@@ -40,7 +41,7 @@ def test_a_configuration_builds_the_model_of_its_row(path):
     exec(''.join(next(c['source'] for c in cells if 'parameters' in c['metadata'].get('tags', []))), declared)
     assert not set(given) - set(declared)
     if not given.get('row'): return
-    settings = recipe(given['recipe_name'], channels=given.get('channels', 0))
+    settings = recipe(given['recipe_name'], SEGMENTATION, channels=given.get('channels'))
     with torch.device('meta'):
         net = segmenter(given['model'], 150, backbone=given['model_options'], neck=given.get('neck', False), channels=settings['channels'])
     assert count_parameters(net) / 1e6 == pytest.approx(PAPER.params_m[given['row']], rel=0.1 if 'Vim' in given['row'] and 'Local' not in given['row'] else 0, abs=1.0)
@@ -192,7 +193,7 @@ def test_photometric_keeps_shape_and_grey_stays_grey():
     assert all(o.dtype == np.uint8 and (o == o[..., :1]).all() for o in out) and len({o.tobytes() for o in out}) > 10
 
 def test_workers_change_nothing_and_positions_are_the_state(root):
-    train, settings = ade20k(root), recipe('scenes', every=3, batch_size=4)
+    train, settings = ade20k(root), recipe('scenes', SEGMENTATION, every=3, batch_size=4)
     def passes(n, start=0, **kwargs):
         loader = loaders(train, train, settings, seed=5, device='cpu', **kwargs).train
         loader.load_state_dict(dict(seed=5, epoch=start))

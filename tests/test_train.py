@@ -12,7 +12,9 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader as FastaiLoader
 
 from localmamba.runs import Run
-from localmamba.train import (NonFiniteLoss, StatusLine, cosine_lr, fit, learner, param_groups, rng_state,
+from localmamba.optim import cosine_lr, param_groups
+from localmamba.progress import StatusLine
+from localmamba.train import (NonFiniteLoss, fit, learner, rng_state,
                               seed_everything, set_rng_state)
 
 ROOT = Path(__file__).resolve().parent.parent
