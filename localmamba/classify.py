@@ -64,11 +64,14 @@ def settings(
     if unknown: raise ValueError(f'settings: unknown {", ".join(unknown)}; allowed: {", ".join(defaults)}')
     for name, value in changes.items():
         kind = type(defaults[name])
-        if not isinstance(value, kind) and not (kind is float and type(value) is int) or kind is int and type(value) is bool:
-            raise TypeError(f'setting {name!r}: got {value!r} ({type(value).__name__}); allowed: {kind.__name__}, as in its default {defaults[name]!r}')
+        if not isinstance(value, kind) and not (kind is float
+                                                and type(value) is int) or kind is int and type(value) is bool:
+            raise TypeError(f'setting {name!r}: got {value!r} ({type(value).__name__}); allowed: {kind.__name__}, '
+                            f'as in its default {defaults[name]!r}')
     chosen = defaults | changes
     if chosen['amp'] not in AMP: raise ValueError(f'amp: got {chosen["amp"]!r}; allowed: {", ".join(AMP)}')
-    if chosen['epochs'] < -1: raise ValueError(f"epochs: got {chosen['epochs']}; allowed: -1 (the recipe's), 0 (evaluate), or more")
+    if chosen['epochs'] < -1:
+        raise ValueError(f"epochs: got {chosen['epochs']}; allowed: -1 (the recipe's), 0 (evaluate), or more")
     return chosen
 
 # %% ../nbs/lib/34_classify.ipynb #82beb2db
@@ -82,7 +85,8 @@ def image_sets(
     s: dict,  # `settings`
 ) -> tuple:  # for training (None when there is only something to evaluate) and for validation
     "The images that settings speak of."
-    if s['dataset'] != 'folder': return load_data(s['dataset'], s['data_dir'] or None, s['size'], s['n_train'] or None, s['n_valid'] or None)
+    if s['dataset'] != 'folder':
+        return load_data(s['dataset'], s['data_dir'] or None, s['size'], s['n_train'] or None, s['n_valid'] or None)
     if not s['data_dir']: raise ValueError("data_dir: needed for dataset 'folder'")
     def part(split, n):
         found = photo_folder(s['data_dir'], split)
@@ -97,11 +101,15 @@ def image_loaders(
 ):
     "fastai `DataLoaders` for a recipe."
     r, in_memory = chosen_recipe(s), s['dataset'] != 'folder'
-    if not in_memory and r['augment']: raise ValueError(f"recipe: augment={r['augment']!r} is for images in memory; allowed for photographs: ''")
-    if in_memory and not r['auto_augment'] and r['augment']: return loaders(train, valid, r['batch_size'], r['augment'], s['seed'], device)
+    if not in_memory and r['augment']:
+        raise ValueError(f"recipe: augment={r['augment']!r} is for images in memory; allowed for photographs: ''")
+    if in_memory and not r['auto_augment'] and r['augment']:
+        return loaders(train, valid, r['batch_size'], r['augment'], s['seed'], device)
     common = dict(stats=channel_stats(train if train is not None else valid)) if in_memory else {}
-    transforms = train_transform(s['size'], **transform_options(r), **common), eval_transform(s['size'], 1.0 if in_memory else 0.875, **common)
-    return photo_loaders(train, valid, r['batch_size'], transforms, r['repeats'], s['seed'], s['workers'], s['skip_corrupt'], device)
+    transforms = train_transform(s['size'], **transform_options(r),
+                                 **common), eval_transform(s['size'], 1.0 if in_memory else 0.875, **common)
+    return photo_loaders(train, valid, r['batch_size'], transforms, r['repeats'], s['seed'], s['workers'],
+                         s['skip_corrupt'], device)
 
 # %% ../nbs/lib/34_classify.ipynb #6fa8f7c4
 def classifier(
@@ -117,7 +125,8 @@ def classifier(
 
 def facts(s, classes):  # parameters and FLOPs, counted without numbers
     with torch.device('meta'): model = classifier(s | dict(pretrained=False, checkpoint=''), classes)
-    return {'params_m': count_parameters(model) / 1e6, **{f'flops_m_{c}': count_flops(model, s['size'], c) / 1e6 for c in CONVENTIONS}}
+    return {'params_m': count_parameters(model) / 1e6,
+            **{f'flops_m_{c}': count_flops(model, s['size'], c) / 1e6 for c in CONVENTIONS}}
 
 # %% ../nbs/lib/34_classify.ipynb #f95ca2f4
 def described(
@@ -126,14 +135,16 @@ def described(
     "Settings as a record keeps them."
     kept = {k: v for k, v in s.items() if k in SETTINGS and k not in ('data_dir', 'checkpoint')}
     if s['epochs']: kept['recipe'] = {k: list(v) if isinstance(v, tuple) else v for k, v in chosen_recipe(s).items()}
-    return kept | {'weights': hashlib.sha256(Path(s['checkpoint']).read_bytes()).hexdigest()[:16] if s['checkpoint'] else ''}
+    return kept | {'weights': hashlib.sha256(Path(s['checkpoint']).read_bytes()).hexdigest()[:16] if s['checkpoint']
+                   else ''}
 
 def run_of(
     s: dict,  # `settings`
     root=None,  # folder that holds `results`; None: the project's
 ) -> Run:
     "The run of settings, finished or not."
-    return Run('imagenet', record_name(s), described(s), f"{s['row'] or s['model']} {'seed ' + str(s['seed']) if s['epochs'] else 'evaluated'}", root)
+    return Run('imagenet', record_name(s), described(s),
+               f"{s['row'] or s['model']} {'seed ' + str(s['seed']) if s['epochs'] else 'evaluated'}", root)
 
 def record_name(s): return s['dataset'] if s['dataset'] != 'folder' else Path(s['data_dir']).resolve().name or 'folder'
 
@@ -149,8 +160,10 @@ def train(
     dls, classes = image_loaders(s, *images, device), len(images[1].classes)
     options = fit_options(chosen_recipe(s), classes)
     options['cbs'].append(KeepWeights(run.dir/'weights.pt'))
-    metrics, _ = fit(lambda: classifier(s, classes), dls, seed=s['seed'], run=run, facts=facts(s, classes), amp=s['amp'], accumulate=s['accumulate'],
-                     checkpoint_minutes=s['checkpoint_minutes'], tensorboard=run.dir/'tensorboard' if s['tensorboard'] else None, **options)
+    metrics, _ = fit(lambda: classifier(s, classes), dls, seed=s['seed'], run=run, facts=facts(s, classes),
+                     amp=s['amp'], accumulate=s['accumulate'],
+                     checkpoint_minutes=s['checkpoint_minutes'], tensorboard=run.dir/'tensorboard'
+                     if s['tensorboard'] else None, **options)
     skipped = sorted(set().union(*(getattr(dl, 'skipped', ()) for dl in dls)))
     if skipped: print(f'{len(skipped)} images could not be decoded and were left out, the first: {skipped[0]}')
     return run
@@ -171,7 +184,8 @@ def evaluate(
     for x, y in loader:
         with torch.autocast(device.type, AMP[amp], enabled=amp != 'none'): pred = model(x.to(device)).float()
         right += correct(pred, y.to(device)).cpu()
-        confusion += torch.bincount(y.cpu() * classes + pred.argmax(1).cpu(), minlength=classes ** 2).view(classes, classes)
+        confusion += torch.bincount(y.cpu() * classes + pred.argmax(1).cpu(),
+                                    minlength=classes ** 2).view(classes, classes)
         done += len(y)
         line.update(f'{label} {done} images · top-1 {100 * float(right[0]) / done:.2f} %')
     line.update(f'{label} {done} images · top-1 {100 * float(right[0]) / done:.2f} %', last=True)

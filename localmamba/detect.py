@@ -35,13 +35,15 @@ def resized(image, things, size):
     "An image and its instances at another size."
     if tuple(image.shape[:2]) == tuple(size): return image, things
     factor = np.array([size[1] / image.shape[1], size[0] / image.shape[0]] * 2, np.float32)
-    masks = np.stack([rescaled(m, size) for m in things['masks']]) if len(things['masks']) else np.zeros((0, *size), np.uint8)
+    masks = np.stack([rescaled(m, size) for m
+                      in things['masks']]) if len(things['masks']) else np.zeros((0, *size), np.uint8)
     return rescaled(image, size), things | dict(boxes=things['boxes'] * factor, masks=masks)
 
 def cropped(image, things, top, left, height, width):
     "A part of an image; boxes are cut off at its edge."
     image, masks = image[top:top + height, left:left + width], things['masks'][:, top:top + height, left:left + width]
-    boxes = (things['boxes'] - np.array([left, top] * 2, np.float32)).clip(0, [image.shape[1], image.shape[0]] * 2).astype(np.float32)
+    boxes = (things['boxes'] - np.array([left, top] * 2,
+                                        np.float32)).clip(0, [image.shape[1], image.shape[0]] * 2).astype(np.float32)
     return image, things | dict(boxes=boxes, masks=masks)
 
 def mirrored(image, things):
@@ -53,7 +55,8 @@ def as_target(things):
     "Instances as tensors: no crowds, none without a pixel."
     (width, height), masks = (things['boxes'][:, 2:] - things['boxes'][:, :2]).T, things['masks']
     kept = ~things['crowd'] & (width >= 1) & (height >= 1) & (masks.any((1, 2)) if len(masks) else np.zeros(0, bool))
-    boxes, labels, masks = (torch.from_numpy(np.ascontiguousarray(things[k][kept])) for k in ('boxes', 'labels', 'masks'))
+    boxes, labels, masks = (torch.from_numpy(np.ascontiguousarray(things[k][kept])) for k
+                            in ('boxes', 'labels', 'masks'))
     return dict(boxes=boxes, labels=labels, masks=masks, image_id=things['image_id'], size=tuple(things['size']))
 
 # %% ../nbs/lib/36_detect.ipynb #88eef856
@@ -66,14 +69,19 @@ class TrainTransform:
         things = things | dict(size=image.shape[:2])
         if self.augment == 'multi-scale':
             if rng.random() < 0.5:
-                image, things = resized(image, things, fitted(image.shape[:2], (4200, int(rng.choice([400, 500, 600])))))
+                image, things = resized(image, things,
+                                        fitted(image.shape[:2], (4200, int(rng.choice([400, 500, 600])))))
                 size = [int(rng.integers(min(384, n), min(600, n) + 1)) for n in image.shape[:2]]
-                image, things = cropped(image, things, *(int(rng.integers(0, n - s + 1)) for n, s in zip(image.shape[:2], size)), *size)
-            image, things = resized(image, things, fitted(image.shape[:2], (max(self.limits), int(rng.integers(15, 26)) * 32)))
+                image, things = cropped(image, things,
+                                        *(int(rng.integers(0, n - s + 1)) for n, s in zip(image.shape[:2], size)),
+                                        *size)
+            image, things = resized(image, things,
+                                    fitted(image.shape[:2], (max(self.limits), int(rng.integers(15, 26)) * 32)))
         elif self.augment == 'jitter':
             side = max(self.limits)
             image, things = resized(image, things, fitted(image.shape[:2], (side, side), rng.uniform(0.1, 2.0)))
-            image, things = cropped(image, things, *(int(rng.integers(0, max(0, n - side) + 1)) for n in image.shape[:2]), side, side)
+            image, things = cropped(image, things,
+                                    *(int(rng.integers(0, max(0, n - side) + 1)) for n in image.shape[:2]), side, side)
         else: image, things = resized(image, things, fitted(image.shape[:2], self.limits))
         if rng.random() < self.mirror: image, things = mirrored(image, things)
         return normalised(image), as_target(things)
@@ -95,7 +103,9 @@ def steps(
     epoch = math.ceil(n / settings['batch_size'])
     return dict(iterations=epoch * settings['epochs'], every=epoch, drops=tuple(epoch * d for d in settings['drops']))
 
-def head_options(settings): return {k: settings[k] for k in ('channels', 'width', 'anchor_scale', 'canonical', 'samples', 'proposals', 'pad_to', 'normed', 'convs', 'sampling') if k in settings}
+def head_options(settings):
+    return {k: settings[k] for k in ('channels', 'width', 'anchor_scale', 'canonical', 'samples', 'proposals',
+                                     'pad_to', 'normed', 'convs', 'sampling') if k in settings}
 
 # %% ../nbs/lib/36_detect.ipynb #54abf33f
 class DetectionLoader(SampleLoader):
@@ -118,14 +128,17 @@ def loaders(
     world: int = 1,  # so many training processes this is
 ) -> DataLoaders:  # fastai's, with two `DetectionLoader`s; an epoch is `every` steps
     "Loaders for training and validation by a recipe."
-    if train.classes != valid.classes: raise ValueError(f'valid: its {len(valid.classes)} classes are not those of train ({len(train.classes)})')
+    if train.classes != valid.classes:
+        raise ValueError(f'valid: its {len(valid.classes)} classes are not those of train ({len(train.classes)})')
     train = train.with_instances()
     if not len(train): raise ValueError(f'train: {train.name} has no image with an instance')
     device = default_device() if device is None else device
     transform = TrainTransform(settings['augment'], settings['limits'], settings['mirror'])
     common = dict(seed=seed, workers=workers, device=device, rank=rank, world=world)
-    return DataLoaders(DetectionLoader(train, settings['batch_size'], steps(settings, len(train))['every'], transform, **common),
-                       DetectionLoader(valid, world, 0, EvalTransform(settings['limits']), **common), path=path, device=torch.device(device))
+    return DataLoaders(DetectionLoader(train, settings['batch_size'], steps(settings, len(train))['every'], transform,
+                                       **common),
+                       DetectionLoader(valid, world, 0, EvalTransform(settings['limits']), **common), path=path,
+                       device=torch.device(device))
 
 # %% ../nbs/lib/36_detect.ipynb #acc55589
 def restored(
@@ -137,7 +150,8 @@ def restored(
     factor = found['boxes'].new_tensor([size[1] / seen[1], size[0] / seen[0]] * 2)
     boxes = clip_boxes_to_image(found['boxes'].float() * factor, tuple(size))
     masks = paste_masks_in_image(found['masks'].float(), boxes, tuple(size))[:, 0] > 0.5
-    return {k: v.cpu().numpy() for k, v in dict(boxes=boxes, labels=found['labels'], scores=found['scores'].float(), masks=masks).items()}
+    return {k: v.cpu().numpy() for k, v
+            in dict(boxes=boxes, labels=found['labels'], scores=found['scores'].float(), masks=masks).items()}
 
 @torch.no_grad()
 def predict(
@@ -167,8 +181,10 @@ def evaluate(
         start = time.perf_counter()
         found = predict(model, image, **options)
         seconds.append(time.perf_counter() - start)
-        results += as_results(things['image_id'], *(found[k] for k in ('boxes', 'labels', 'scores', 'masks')), dataset.category_ids)
-        line.update(f'{label} · {i + 1}/{len(dataset)} images · {len(results)} things found', last=i + 1 == len(dataset))
+        results += as_results(things['image_id'], *(found[k] for k in ('boxes', 'labels', 'scores', 'masks')),
+                              dataset.category_ids)
+        line.update(f'{label} · {i + 1}/{len(dataset)} images · {len(results)} things found', last=i + 1
+                    == len(dataset))
     model.train(training)
     return results, float(np.median(seconds))
 
@@ -198,13 +214,16 @@ class DetectionRecord(Record):
     def judge(self, pred, targets):
         for found, image, target in zip(pred[0], self.xb[0], targets):
             whole = restored(found, image.shape[1:], target['size'])
-            self.results += as_results(target['image_id'], *(whole[k] for k in ('boxes', 'labels', 'scores', 'masks')), self.dls.valid.dataset.category_ids)
+            self.results += as_results(target['image_id'],
+                                       *(whole[k] for k in ('boxes', 'labels', 'scores', 'masks')),
+                                       self.dls.valid.dataset.category_ids)
     def scores(self):
         parts, device = {}, self.learn.loss.device
         for word, n in (('train', summed(self.train_n, device=device)[0]), ('valid', self.valid_n)):
             sums = summed(*(self.parts[word == 'train'].get(k, 0.) for k in PARTS), device=device)
             parts |= {f'{word}_{k}': v / n for k, v in zip(PARTS, sums)}
-        return parts | average_precision(self.dls.valid.dataset, [r for share in of_all(self.results) for r in share])[0]
+        return parts | average_precision(self.dls.valid.dataset,
+                                         [r for share in of_all(self.results) for r in share])[0]
 
 def fit_options(
     settings: dict,  # a `recipe`
@@ -212,6 +231,9 @@ def fit_options(
 ) -> dict:  # for `train.fit`, beside the model, the loaders and the run
     "What `train.fit` is told to train a detector by a recipe."
     plan = steps(settings, n)
-    if plan['iterations'] % plan['every']: raise ValueError(f"iterations={plan['iterations']} must be a multiple of every={plan['every']}")
-    return dict(epochs=plan['iterations'] // plan['every'], lr=settings['lr'], weight_decay=settings['weight_decay'], losses=(total_loss, total_loss), record=DetectionRecord,
-                schedule=Schedule(staircase(settings['lr'], settings['warmup'], plan['drops'])), grad_clip=settings['clip'] or None)
+    if plan['iterations'] % plan['every']:
+        raise ValueError(f"iterations={plan['iterations']} must be a multiple of every={plan['every']}")
+    return dict(epochs=plan['iterations'] // plan['every'], lr=settings['lr'], weight_decay=settings['weight_decay'],
+                losses=(total_loss, total_loss), record=DetectionRecord,
+                schedule=Schedule(staircase(settings['lr'], settings['warmup'], plan['drops'])),
+                grad_clip=settings['clip'] or None)

@@ -41,10 +41,13 @@ class SimplePyramid(nn.Module):
     ):
         super().__init__()
         half, quarter = dim // 2, dim // 4
-        up = nn.Sequential(nn.ConvTranspose2d(dim, half, 2, 2), LayerNorm2d(half), nn.GELU(), nn.ConvTranspose2d(half, quarter, 2, 2))
-        self.scales = nn.ModuleList([up, nn.ConvTranspose2d(dim, half, 2, 2), nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)])
+        up = nn.Sequential(nn.ConvTranspose2d(dim, half, 2, 2), LayerNorm2d(half), nn.GELU(),
+                           nn.ConvTranspose2d(half, quarter, 2, 2))
+        self.scales = nn.ModuleList([up, nn.ConvTranspose2d(dim, half, 2, 2), nn.Identity(),
+                                     nn.MaxPool2d(2, ceil_mode=True)])
         self.smooth = nn.ModuleList(nn.Sequential(nn.Conv2d(width, channels, 1, bias=False), LayerNorm2d(channels),
-                                                  nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels))
+                                                  nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                                                  LayerNorm2d(channels))
                                     for width in (quarter, half, dim, dim))
     def forward(self, maps):
         maps = [smooth(scale(maps['0'])) for scale, smooth in zip(self.scales, self.smooth)]
@@ -89,14 +92,16 @@ class BoxPredictor(nn.Module):
         agnostic: bool = False,  # one box for all classes
     ):
         super().__init__()
-        self.classes, self.boxes, self.repeats = nn.Linear(width, num_classes + 1), nn.Linear(width, 4 if agnostic else 4 * num_classes), num_classes + 1
+        self.classes, self.repeats = nn.Linear(width, num_classes + 1), num_classes + 1
+        self.boxes = nn.Linear(width, 4 if agnostic else 4 * num_classes)
         for layer, std in ((self.classes, 0.01), (self.boxes, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
         self.agnostic = agnostic
     def forward(self, x):
         boxes = self.boxes(x)
-        return self.classes(x).float(), (boxes.repeat(1, self.repeats) if self.agnostic else F.pad(boxes, (4, 0))).float()
+        return self.classes(x).float(), (boxes.repeat(1, self.repeats) if self.agnostic
+                                         else F.pad(boxes, (4, 0))).float()
 
 class MaskPredictor(MaskRCNNPredictor):
     "Mask logits of every class; those of the background are zero."
@@ -114,16 +119,20 @@ def normed_convs(
     return convs
 
 # %% ../nbs/lib/35_detector.ipynb #09f50ae9
-STAGES = ((0.5, (10., 10., 5., 5.), 1.), (0.6, (20., 20., 10., 10.), 0.5), (0.7, (30., 30., 15., 15.), 0.25))  # IoU, scale of offsets, weight of the loss
+STAGES = ((0.5, (10., 10., 5., 5.), 1.), (0.6, (20., 20., 10., 10.), 0.5),
+          (0.7, (30., 30., 15., 15.), 0.25))  # IoU, scale of offsets, weight of the loss
 
 class Heads(RoIHeads):
     "Box heads, one or a cascade, and the mask head; losses where targets are given, detections in evaluation."
-    def __init__(self, pool, box_heads, predictors, mask_pool, mask_head, mask_predictor, samples=512, score=0.05, nms=0.5, most=100):
+    def __init__(self, pool, box_heads, predictors, mask_pool, mask_head, mask_predictor, samples=512, score=0.05,
+                 nms=0.5, most=100):
         (iou, scale, _), *_ = STAGES
-        super().__init__(pool, nn.ModuleList(box_heads), nn.ModuleList(predictors), iou, iou, samples, 0.25, scale, score, nms, most,
+        super().__init__(pool, nn.ModuleList(box_heads), nn.ModuleList(predictors), iou, iou, samples, 0.25, scale,
+                         score, nms, most,
                          mask_pool, mask_head, mask_predictor)
         stages = STAGES[:len(self.box_head)]
-        self.matchers, self.coders, self.weights = [Matcher(s[0], s[0]) for s in stages], [BoxCoder(s[1]) for s in stages], [s[2] for s in stages]
+        self.matchers, self.coders, self.weights = [Matcher(s[0], s[0]) for s
+                                                    in stages], [BoxCoder(s[1]) for s in stages], [s[2] for s in stages]
     def predict(self, k, features, boxes, sizes):
         return self.box_predictor[k](self.box_head[k](self.box_roi_pool(features, boxes, sizes)))
     def moved(self, k, deltas, boxes, sizes, least=0.):
@@ -149,7 +158,8 @@ def losses(self: Heads, features, proposals, sizes, targets):
         parts = {'classes': parts['classes'] + weight * what, 'boxes': parts['boxes'] + weight * where}
         if k + 1 < len(self.weights): boxes = self.moved(k, deltas, boxes, sizes, least=0.01)
     logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, first[0], sizes)))
-    return parts | {'masks': maskrcnn_loss(logits, first[0], [t['masks'] for t in targets], [t['labels'] for t in targets], first[1])}
+    return parts | {'masks': maskrcnn_loss(logits, first[0], [t['masks'] for t in targets],
+                                           [t['labels'] for t in targets], first[1])}
 
 @patch
 def relabelled(self: Heads, k, boxes, targets):
@@ -157,7 +167,8 @@ def relabelled(self: Heads, k, boxes, targets):
     labels, offsets = [], []
     for one, target in zip(boxes, targets):
         truth = target['boxes'] if len(target['boxes']) else one.new_zeros(1, 4)
-        which = self.matchers[k](box_iou(truth, one)) if len(target['boxes']) and len(one) else one.new_full((len(one),), -1, dtype=torch.long)
+        which = one.new_full((len(one),), -1, dtype=torch.long)
+        if len(target['boxes']) and len(one): which = self.matchers[k](box_iou(truth, one))
         known = target['labels'] if len(target['boxes']) else which.new_zeros(1)
         labels.append(torch.where(which >= 0, known[which.clamp(min=0)], 0))
         offsets.append(self.coders[k].encode_single(truth[which.clamp(min=0)], one))
@@ -175,11 +186,12 @@ def found(self: Heads, features, proposals, sizes):
         logits, deltas = probability.log(), deltas * (self.coders[0].weights[0] / self.coders[-1].weights[0])
     boxes, scores, labels = self.postprocess_detections(logits, deltas, boxes, sizes)
     logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, sizes)))
-    return [dict(boxes=b, scores=s, labels=n, masks=m) for b, s, n, m in zip(boxes, scores, labels, maskrcnn_inference(logits, labels))]
+    return [dict(boxes=b, scores=s, labels=n, masks=m) for b, s, n, m
+            in zip(boxes, scores, labels, maskrcnn_inference(logits, labels))]
 
 # %% ../nbs/lib/35_detector.ipynb #3b7c2ccc
 class Detector(nn.Module):
-    "Mask R-CNN, or its cascade; in training a dict of losses, in evaluation what is found, in pixels of the images given."
+    "Mask R-CNN, or its cascade; gives a dict of losses in training, else what is found, in pixels of the images given."
     def __init__(self,
         backbone: Backbone,  # of several strides, or of one: then with ViTDet's pyramid and heads
         num_classes: int = 80,
@@ -199,23 +211,33 @@ class Detector(nn.Module):
         super().__init__()
         if num_classes < 1: raise ValueError(f'num_classes={num_classes} must be 1 or more')
         plain = len(set(backbone.strides)) == 1
-        if plain and len(backbone.strides) > 1: raise ValueError(f'a plain backbone must give one map, not {len(backbone.strides)}: indices=(last block,)')
+        if plain and len(backbone.strides) > 1:
+            raise ValueError(f'a plain backbone must give one map, not {len(backbone.strides)}: indices=(last block,)')
         self.backbone, self.num_classes, self.in_chans, self.pad_to = backbone, num_classes, backbone.in_chans, pad_to
         strides = [s * backbone.strides[0] // 4 for s in (1, 2, 4, 8)] if plain else list(backbone.strides)
         normed = plain if normed is None else normed
         if plain: self.pyramid = SimplePyramid(backbone.channels[0], channels)
-        else: self.pyramid = FeaturePyramidNetwork(list(backbone.channels), channels, LastLevelMaxPool(), LayerNorm2d if normed else None)
+        else:
+            self.pyramid = FeaturePyramidNetwork(list(backbone.channels), channels, LastLevelMaxPool(), LayerNorm2d
+                                                 if normed else None)
         self.divisor, strides, names = max(strides), [*strides, 2 * strides[-1]], [str(i) for i in range(len(strides))]
-        self.rpn = Proposals(Anchors(strides, anchor_scale), RPNHead(channels, 3, 2 if normed else 1), 0.7, 0.3, samples[0], 0.5,
-                             dict(training=2 * proposals, testing=proposals), dict(training=proposals, testing=proposals), 0.7)
+        self.rpn = Proposals(Anchors(strides, anchor_scale), RPNHead(channels, 3, 2 if normed else 1), 0.7, 0.3,
+                             samples[0], 0.5,
+                             dict(training=2 * proposals, testing=proposals),
+                             dict(training=proposals, testing=proposals), 0.7)
         box, mask = (pooling(size, strides[:-1], names, canonical, sampling) for size in (7, 14))
-        def box_head(): return nn.Sequential(*normed_convs(channels, convs), nn.Flatten(), nn.Linear(49 * channels, width), nn.ReLU(inplace=True)) if normed else TwoMLPHead(49 * channels, width)
-        mask_head = nn.Sequential(*normed_convs(channels, convs)) if normed else MaskRCNNHeads(channels, (channels,) * convs, 1)
+        def box_head():
+            return nn.Sequential(*normed_convs(channels, convs), nn.Flatten(), nn.Linear(49 * channels, width),
+                                 nn.ReLU(inplace=True)) if normed else TwoMLPHead(49 * channels, width)
+        mask_head = nn.Sequential(*normed_convs(channels,
+                                                convs)) if normed else MaskRCNNHeads(channels, (channels,) * convs, 1)
         n = len(STAGES) if cascade else 1
-        self.heads = Heads(box, [box_head() for _ in range(n)], [BoxPredictor(width, num_classes, cascade) for _ in range(n)],
+        self.heads = Heads(box, [box_head() for _ in range(n)],
+                           [BoxPredictor(width, num_classes, cascade) for _ in range(n)],
                            mask, mask_head, MaskPredictor(channels, channels, num_classes), samples[1], score)
 
-    def no_weight_decay(self): return {f'backbone.model.{name}' for name in getattr(self.backbone.model, 'no_weight_decay', set)()}
+    def no_weight_decay(self):
+        return {f'backbone.model.{name}' for name in getattr(self.backbone.model, 'no_weight_decay', set)()}
     def set_grad_checkpointing(self, enable=True): self.backbone.model.set_grad_checkpointing(enable)
     def train(self, mode=True):
         super().train(mode)
@@ -231,10 +253,11 @@ def pooling(
     canonical: float,  # side of a box that is pooled from stride 16
     sampling: int,  # samples of a cell, each way
 ) -> MultiScaleRoIAlign:
-    "torchvision's pooling of boxes, with strides that are given; left alone it keeps those it guesses from the first image it sees."
+    "torchvision's pooling of boxes at given strides; left alone it keeps those it guesses from its first image."
     pool = MultiScaleRoIAlign(names[:len(strides)], size, sampling, canonical_scale=canonical)
     pool.scales = [1 / s for s in strides]
-    pool.map_levels = initLevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])), canonical_scale=canonical)
+    pool.map_levels = initLevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])),
+                                      canonical_scale=canonical)
     return pool
 
 @patch
@@ -243,14 +266,16 @@ def features(self: Detector,
 ) -> OrderedDict:  # '0' to '4': (B, channels, H, W) each
     "The pyramid."
     maps = self.backbone(x)
-    return OrderedDict((str(i), m) for i, m in enumerate(self.pyramid(OrderedDict((str(i), m) for i, m in enumerate(maps))).values()))
+    return OrderedDict((str(i), m) for i, m
+                       in enumerate(self.pyramid(OrderedDict((str(i), m) for i, m in enumerate(maps))).values()))
 
 @patch
 def once(self: Detector, images, targets=None):
     "Images padded to one size, through the whole detector: detections, losses."
     sizes = [tuple(image.shape[1:]) for image in images]
     height, width = (max(self.pad_to, math.ceil(max(n) / self.divisor) * self.divisor) for n in zip(*sizes))
-    batch = ImageList(torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]), sizes)
+    batch = ImageList(torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image
+                                   in images]), sizes)
     features = OrderedDict((k, m.float()) for k, m in self.features(batch.tensors).items())
     proposals, losses = self.rpn(batch, features, targets)
     found, more = self.heads(features, proposals, sizes, targets)
@@ -264,10 +289,14 @@ def forward(self: Detector,
 ):  # training: losses; evaluation: a dict an image (boxes, labels, scores, masks (n, 1, 28, 28)); with targets: the two
     "Losses, detections, or both."
     if not self.training:
-        parts = [self.once([image], None if targets is None else [t]) for image, t in zip(images, targets or [None] * len(images))]
+        parts = [self.once([image], None if targets is None else [t]) for image, t
+                 in zip(images, targets or [None] * len(images))]
         found = [one for (one,), _ in parts]
-        return found if targets is None else (found, {k: torch.stack([losses[k] for _, losses in parts]).mean() for k in parts[0][1]})
-    if targets is None or len(targets) != len(images): raise ValueError(f'targets: {len(images)} needed in training, got {None if targets is None else len(targets)}')
+        return found if targets is None else (found,
+                                              {k: torch.stack([losses[k] for _, losses in parts]).mean() for k
+                                               in parts[0][1]})
+    if targets is None or len(targets) != len(images):
+        raise ValueError(f'targets: {len(images)} needed in training, got {None if targets is None else len(targets)}')
     return self.once(list(images), targets)[1]
 
 def detector(
@@ -303,5 +332,7 @@ class Counted(nn.Module):
         height, width = (max(self.net.pad_to, math.ceil(n / self.net.divisor) * self.net.divisor) for n in x.shape[2:])
         features, heads = self.net.features(F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))), self.net.heads
         channels = features['0'].shape[1]
-        for head, predictor in zip(heads.box_head, heads.box_predictor): predictor(head(x.new_zeros(self.boxes, channels, 7, 7)))
-        return self.net.rpn.head(list(features.values())), heads.mask_predictor(heads.mask_head(x.new_zeros(self.masks, channels, 14, 14)))
+        for head, predictor in zip(heads.box_head, heads.box_predictor):
+            predictor(head(x.new_zeros(self.boxes, channels, 7, 7)))
+        masks = heads.mask_predictor(heads.mask_head(x.new_zeros(self.masks, channels, 14, 14)))
+        return self.net.rpn.head(list(features.values())), masks

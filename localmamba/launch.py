@@ -22,8 +22,10 @@ from .ssm import backends
 # %% ../nbs/lib/38_launch.ipynb #9b0213a9
 def _cells(notebook):  # code cells and their tags
     try: cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
-    except OSError as e: raise ValueError(f'notebook: got {str(notebook)!r} ({e.strerror}); allowed: the path of an .ipynb') from e
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f'notebook: {notebook} is no notebook ({type(e).__name__}: {e})') from e
+    except OSError as e:
+        raise ValueError(f'notebook: got {str(notebook)!r} ({e.strerror}); allowed: the path of an .ipynb') from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'notebook: {notebook} is no notebook ({type(e).__name__}: {e})') from e
     return [(''.join(c['source']), c['metadata'].get('tags', [])) for c in cells if c['cell_type'] == 'code']
 
 def run_cells(
@@ -31,7 +33,7 @@ def run_cells(
     parameters: dict,  # values in the place of those of the cell tagged `parameters`
     until: str = 'training',  # tag of the last cell to run
 ) -> dict:  # the names that the cells left
-    "Run the cells of a notebook here, as papermill would, up to a tagged one; raises `ValueError` for parameters it does not have."
+    "Run a notebook's cells here, as papermill would, up to a tagged one; raises `ValueError` for unknown parameters."
     cells = _cells(notebook)
     for tag in ('parameters', until):
         n = sum(tag in tags for _, tags in cells)
@@ -66,21 +68,26 @@ def read_parameters(
     told = {}
     if file:
         try: told = yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise ValueError(f'file: {file} cannot be read ({str(e).splitlines()[0]})') from e
-        if not isinstance(told, dict): raise ValueError(f'file: {file} holds a {type(told).__name__}; allowed: lines of `name: value`')
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            raise ValueError(f'file: {file} cannot be read ({str(e).splitlines()[0]})') from e
+        if not isinstance(told, dict):
+            raise ValueError(f'file: {file} holds a {type(told).__name__}; allowed: lines of `name: value`')
     return told | {name: yaml.safe_load(value) if value else '' for name, value in pairs}
 
 def main(
     arguments=None,  # list of words; None: the command line
 ):
     "[torchrun] -m localmamba.launch NOTEBOOK [-f settings.yaml] [-p name value …] [--device cpu]."
-    parser = argparse.ArgumentParser('localmamba.launch', description='Run an experiment up to its training, alone or in every process that torchrun starts.')
+    parser = argparse.ArgumentParser('localmamba.launch',
+                                     description='Run an experiment up to its training, alone or in each process of torchrun.')
     parser.add_argument('notebook')
     parser.add_argument('-f', '--file', help='a yaml or json file of parameters', default='')
     parser.add_argument('-p', '--parameter', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'))
-    parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help="'auto': a GPU if there is one")
+    parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto',
+                        help="'auto': a GPU if there is one")
     given = parser.parse_args(arguments)
-    if given.device == 'cuda' and not torch.cuda.is_available(): parser.error('--device: got cuda, and there is no GPU here; allowed: auto, cpu')
+    if given.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device: got cuda, and there is no GPU here; allowed: auto, cpu')
     if given.device == 'cpu': default_device(False)
     with process_group(given.device == 'cpu'): run_cells(given.notebook, read_parameters(given.file, given.parameter))
 
@@ -92,7 +99,8 @@ if __name__ == '__main__' and running_kernel() is None: main()
 def about():
     "Print versions, device, and each backend of the scan as available or why not."
     env = environment()
-    for name in ('localmamba', 'python', 'torch', 'cuda', 'numba', 'fastai', 'timm', 'numpy', 'system', 'device', 'threads'):
+    for name in ('localmamba', 'python', 'torch', 'cuda', 'numba', 'fastai', 'timm', 'numpy', 'system', 'device',
+                 'threads'):
         print(f'{name:11}{env[name] if env[name] is not None else "none"}')
     print('\nscan backends')
     for name, state in backends().items(): print(f'  {name:11}{state}')

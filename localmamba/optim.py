@@ -31,14 +31,19 @@ def param_groups(
                 or name in named or leaf in named)
     layers, groups = _layers(model) if layer_decay < 1 else {}, {}
     for name, p in model.named_parameters():
-        if p.requires_grad: groups.setdefault((layers.get(name), 'no_decay' if spared(name, p) else 'decay'), []).append(p)
-    scale = {i: {'lr_scale': layer_decay ** (max(layers.values()) - i), 'layer': i} for i in set(layers.values())} | {None: {}}
-    return [{'params': groups[i, name], 'weight_decay': weight_decay if name == 'decay' else 0., 'name': name, **scale[i]}
-            for i in sorted(scale, key=lambda i: -1 if i is None else i) for name in ('decay', 'no_decay') if (i, name) in groups]
+        if p.requires_grad:
+            groups.setdefault((layers.get(name), 'no_decay' if spared(name, p) else 'decay'), []).append(p)
+    scale = {i: {'lr_scale': layer_decay ** (max(layers.values()) - i), 'layer': i} for i
+             in set(layers.values())} | {None: {}}
+    return [{'params': groups[i, name], 'weight_decay': weight_decay if name == 'decay' else 0., 'name': name,
+             **scale[i]}
+            for i in sorted(scale, key=lambda i: -1 if i is None else i) for name in ('decay', 'no_decay')
+            if (i, name) in groups]
 
 def _layers(model):  # {parameter: its layer, counted from the stem}
     if not hasattr(model, 'group_matcher'):
-        raise ValueError(f'layer_decay: {type(model).__name__} does not say which parameters form a layer (group_matcher); allowed: 1')
+        raise ValueError(f'layer_decay: {type(model).__name__} does not say which parameters form a layer '
+                         '(group_matcher); allowed: 1')
     return group_with_matcher(model.named_parameters(), model.group_matcher(coarse=False), reverse=True)
 
 # %% ../nbs/lib/29_optim.ipynb #b2e9739c
@@ -49,7 +54,7 @@ def cosine_lr(
     lr: float,  # at the end of the warm-up
     min_lr: float = 1e-6,  # at the end of the training
     start_lr: float = 1e-7,  # at the first step of the warm-up
-    after: bool = True,  # the cosine begins after the warm-up; else at step 0, with the warm-up in the place of its start
+    after: bool = True,  # the cosine begins after the warm-up; else at step 0, its start replaced by the warm-up
 ) -> float:  # learning rate of this step
     "Linear warm-up, then half a cosine."
     if step < warmup: return start_lr + (lr - start_lr) * step / warmup
@@ -87,7 +92,7 @@ def cosine(
     warmup_epochs: float = 0.,  # may be a fraction
     min_lr: float = 1e-6,  # at the end
     start_lr: float = 1e-7,  # at the first step of the warm-up
-    constant: str = 'step',  # within what the rate does not change: 'step', 'epoch', or 'warmup': an epoch of the warm-up, then a step
+    constant: str = 'step',  # within what the rate does not change: 'step', 'epoch'; 'warmup': epoch, later step
     cooldown_epochs: int = 0,  # at the end, at `min_lr`
     after: bool = True,  # see `cosine_lr`
 ):  # a rate for `Schedule`

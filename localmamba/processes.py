@@ -18,7 +18,8 @@ from .progress import StatusLine
 # %% ../nbs/lib/31_processes.ipynb #7bedb16a
 def processes() -> tuple:  # rank of this one from 0, number of them
     "Which of how many training processes this is."
-    if distributed.is_available() and distributed.is_initialized(): return distributed.get_rank(), distributed.get_world_size()
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
 def summed(
@@ -62,7 +63,8 @@ class Together(DistributedTrainer):
     def _wrap_dl(self, dl): return dl
     def before_fit(self):
         for dl in self.dls:
-            if not hasattr(dl, 'world'): raise TypeError(f'dls: {type(dl).__name__} cannot be shared between processes; it needs `rank` and `world`')
+            if not hasattr(dl, 'world'):
+                raise TypeError(f'dls: {type(dl).__name__} cannot be shared between processes: no `rank`, `world`')
             dl.rank, dl.world = processes()
         super().before_fit()
         self.wrapped = self.learn.model
@@ -74,8 +76,9 @@ def torchrun(
     words: list,  # a module and its arguments
     processes: int,  # how many on this machine
 ):
-    "Run a module in several processes by torch's launcher; what they print is shown in one line, the last of it in an error."
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '-m', *words]
+    "Run a module in several processes; what they print is shown in one line, the last of it in an error."
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes),
+               '-m', *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said, line = [], StatusLine()
     for text in process.stdout:

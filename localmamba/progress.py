@@ -54,7 +54,9 @@ def status(
 ) -> str:  # one line
     "What a status line says."
     said, score = [label, where] if label else [where], {'top1': 'top-1', 'miou': 'mIoU', 'AP_box': 'box AP'}
-    if row: said += [f'loss {row["train_loss"]:.3f}', *(f'{word} {row[name]:.2f} %' for name, word in score.items() if row.get(name) is not None),
+    if row:
+        said += [f'loss {row["train_loss"]:.3f}',
+                 *(f'{word} {row[name]:.2f} %' for name, word in score.items() if row.get(name) is not None),
                      f'{row["seconds"]:.0f} s']
     return ' · '.join(said)
 
@@ -91,7 +93,8 @@ class TensorBoard(Callback):
     ): self.folder = folder
     def before_fit(self):
         try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError as e: raise ImportError('tensorboard: the package is not installed (pip install tensorboard)') from e
+        except ImportError as e:
+            raise ImportError('tensorboard: the package is not installed (pip install tensorboard)') from e
         self.writer = SummaryWriter(self.folder, purge_step=self.first_epoch)
     def after_epoch(self):
         for name, value in (self.record.last_row or {}).items():

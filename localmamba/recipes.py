@@ -18,19 +18,24 @@ from .train import Record
 
 # %% ../nbs/lib/33_recipes.ipynb #fecb84aa
 _RELEASE = dict(
-    epochs=300, batch_size=1024, lr=1e-3, min_lr=1e-6, start_lr=1e-7, warmup_epochs=20., constant='warmup', after=True, cooldown_epochs=0,
+    epochs=300, batch_size=1024, lr=1e-3, min_lr=1e-6, start_lr=1e-7, warmup_epochs=20., constant='warmup',
+    after=True, cooldown_epochs=0,
     weight_decay=0.04, rule='release', layer_decay=1., grad_clip=0., ema=0., drop_path=0.1, label_smoothing=0.1,
     mixup=0.2, cutmix=1.0, mix_prob=1.0, switch_prob=0.5,
-    augment='', scale=(0.08, 1.0), hflip=0.5, auto_augment='rand-m9-mstd0.5', color_jitter=0., random_erasing=0.25, repeats=1)
-_VIM = _RELEASE | dict(epochs=310, cooldown_epochs=10, min_lr=1e-5, start_lr=1e-6, warmup_epochs=5., constant='epoch', after=False, weight_decay=0.05,
+    augment='', scale=(0.08, 1.0), hflip=0.5, auto_augment='rand-m9-mstd0.5', color_jitter=0., random_erasing=0.25,
+    repeats=1)
+_VIM = _RELEASE | dict(epochs=310, cooldown_epochs=10, min_lr=1e-5, start_lr=1e-6, warmup_epochs=5., constant='epoch',
+                       after=False, weight_decay=0.05,
                        rule='study', ema=0.99996, mixup=0.8, auto_augment='rand-m9-mstd0.5-inc1', repeats=3)
 RECIPES = {
     'release': _RELEASE,
     'paper': _RELEASE | dict(rule='study', ema=0.9999),
     'vim': _VIM,
     'vim_tune': _VIM | dict(epochs=40, lr=1e-5, start_lr=1e-5, weight_decay=1e-8, layer_decay=0.75, drop_path=0.),
-    'small': _RELEASE | dict(epochs=8, batch_size=64, lr=2e-3, warmup_epochs=1., constant='step', weight_decay=0.05, rule='study', grad_clip=1., drop_path=0.,
-                             label_smoothing=0.1, mixup=0., cutmix=0., augment='crop', auto_augment='', random_erasing=0.)}
+    'small': _RELEASE | dict(epochs=8, batch_size=64, lr=2e-3, warmup_epochs=1., constant='step', weight_decay=0.05,
+                             rule='study', grad_clip=1., drop_path=0.,
+                             label_smoothing=0.1, mixup=0., cutmix=0., augment='crop', auto_augment='',
+                             random_erasing=0.)}
 
 
 # %% ../nbs/lib/33_recipes.ipynb #682e3a8b
@@ -44,7 +49,8 @@ def recipe(
     chosen, changes = recipes[name], {k: v for k, v in changes.items() if v is not None}
     unknown = sorted(changes.keys() - chosen.keys())
     if unknown: raise ValueError(f'recipe: got {", ".join(map(repr, unknown))}; allowed: {", ".join(chosen)}')
-    return chosen | (_shortened(chosen, changes['iterations']) if 'drops' in chosen and 'iterations' in changes else {}) | changes
+    return chosen | (_shortened(chosen, changes['iterations']) if 'drops' in chosen and 'iterations' in changes
+                     else {}) | changes
 
 def _shortened(chosen, iterations):  # a detector's schedule for another number of steps
     drops = tuple(round(d * iterations / (chosen['iterations'] or chosen['epochs'])) for d in chosen['drops'])
@@ -55,31 +61,45 @@ def differences(
     recipes: dict = RECIPES,  # that have them
 ) -> pd.DataFrame:  # a line a value that is not the same in all of them, as text: small numbers stay what they are
     "What distinguishes recipes."
-    table = pd.DataFrame({name: recipes[name] for name in names}).map(lambda v: f'{v:g}' if type(v) is float else str(v))
+    table = pd.DataFrame({name: recipes[name] for name
+                          in names}).map(lambda v: f'{v:g}' if type(v) is float else str(v))
     return table[table.nunique(axis=1) > 1]
 
 # %% ../nbs/lib/33_recipes.ipynb #5d75cf50
-_COCO = dict(epochs=0, iterations=0, drops=(), every=0, batch_size=16, lr=1e-4, weight_decay=0.05, warmup=1000, clip=0.0, augment='resize', limits=(1333, 800), mirror=0.5, drop_path=0.2,
-             pad_to=0, channels=256, width=1024, anchor_scale=8, canonical=224, samples=(256, 512), proposals=1000, normed=None)
+_COCO = dict(epochs=0, iterations=0, drops=(), every=0, batch_size=16, lr=1e-4, weight_decay=0.05, warmup=1000,
+             clip=0.0, augment='resize', limits=(1333, 800), mirror=0.5, drop_path=0.2,
+             pad_to=0, channels=256, width=1024, anchor_scale=8, canonical=224, samples=(256, 512), proposals=1000,
+             normed=None)
 DETECTION = {
     '1x': _COCO | dict(epochs=12, drops=(8, 11)),
     '3x': _COCO | dict(epochs=36, drops=(27, 33), augment='multi-scale'),
-    'vitdet': _COCO | dict(iterations=184_375, drops=(163_889, 177_546), every=7375, batch_size=64, warmup=250, clip=35.0, augment='jitter', limits=(1024, 1024), drop_path=0.1, pad_to=1024),
-    'scenes': _COCO | dict(iterations=1200, drops=(900, 1100), every=300, batch_size=8, lr=3e-3, warmup=100, clip=10.0, limits=None, mirror=0.0, drop_path=0.0,
-                           channels=32, width=128, anchor_scale=6, canonical=112, samples=(48, 24), proposals=60, normed=True, convs=2, sampling=1),
-    'overfit': _COCO | dict(iterations=400, drops=(300, 360), every=100, batch_size=4, lr=1.5e-3, weight_decay=0.0, warmup=30, clip=10.0, limits=(256, 256), mirror=0.0, drop_path=0.0,
-                            channels=32, width=128, anchor_scale=5, canonical=112, samples=(64, 32), proposals=100, normed=True)}
+    'vitdet': _COCO | dict(iterations=184_375, drops=(163_889, 177_546), every=7375, batch_size=64, warmup=250,
+                           clip=35.0, augment='jitter', limits=(1024, 1024), drop_path=0.1, pad_to=1024),
+    'scenes': _COCO | dict(iterations=1200, drops=(900, 1100), every=300, batch_size=8, lr=3e-3, warmup=100,
+                           clip=10.0, limits=None, mirror=0.0, drop_path=0.0,
+                           channels=32, width=128, anchor_scale=6, canonical=112, samples=(48, 24), proposals=60,
+                           normed=True, convs=2, sampling=1),
+    'overfit': _COCO | dict(iterations=400, drops=(300, 360), every=100, batch_size=4, lr=1.5e-3, weight_decay=0.0,
+                            warmup=30, clip=10.0, limits=(256, 256), mirror=0.0, drop_path=0.0,
+                            channels=32, width=128, anchor_scale=5, canonical=112, samples=(64, 32), proposals=100,
+                            normed=True)}
 
 # %% ../nbs/lib/33_recipes.ipynb #9c787150
 SEGMENTATION = {
-    'release': dict(iterations=160_000, every=16_000, batch_size=16, crop=512, limits=(2048, 512), ratio=(0.5, 2.0), cat_max_ratio=0.75, mirror=0.5,
-                    photometric=True, lr=6e-5, weight_decay=0.01, warmup=1500, power=1.0, aux_weight=0.4, average='pixels', drop_path=0.1,
+    'release': dict(iterations=160_000, every=16_000, batch_size=16, crop=512, limits=(2048, 512), ratio=(0.5, 2.0),
+                    cat_max_ratio=0.75, mirror=0.5,
+                    photometric=True, lr=6e-5, weight_decay=0.01, warmup=1500, power=1.0, aux_weight=0.4,
+                    average='pixels', drop_path=0.1,
                     channels=512, aux_channels=256),
-    'scenes': dict(iterations=1500, every=250, batch_size=8, crop=64, limits=None, ratio=(0.8, 1.25), cat_max_ratio=1.0, mirror=0.0,
-                   photometric=False, lr=2e-3, weight_decay=0.05, warmup=100, power=1.0, aux_weight=0.4, average='labelled', drop_path=0.0,
+    'scenes': dict(iterations=1500, every=250, batch_size=8, crop=64, limits=None, ratio=(0.8, 1.25),
+                   cat_max_ratio=1.0, mirror=0.0,
+                   photometric=False, lr=2e-3, weight_decay=0.05, warmup=100, power=1.0, aux_weight=0.4,
+                   average='labelled', drop_path=0.0,
                    channels=48, aux_channels=32),
-    'overfit': dict(iterations=300, every=100, batch_size=8, crop=(160, 224), limits=(224, 160), ratio=(1.0, 1.0), cat_max_ratio=1.0, mirror=0.0,
-                    photometric=False, lr=2e-3, weight_decay=0.0, warmup=20, power=1.0, aux_weight=0.4, average='labelled', drop_path=0.0,
+    'overfit': dict(iterations=300, every=100, batch_size=8, crop=(160, 224), limits=(224, 160), ratio=(1.0, 1.0),
+                    cat_max_ratio=1.0, mirror=0.0,
+                    photometric=False, lr=2e-3, weight_decay=0.0, warmup=20, power=1.0, aux_weight=0.4,
+                    average='labelled', drop_path=0.0,
                     channels=64, aux_channels=32)}
 
 # %% ../nbs/lib/33_recipes.ipynb #133eadeb
@@ -94,11 +114,13 @@ class Mix(Callback):
         switch_prob: float = 0.5,  # how often cutmix where both are possible
         label_smoothing: float = 0.1,  # share of the target spread over all classes
     ):
-        self.mixup = Mixup(mixup, cutmix, prob=prob, switch_prob=switch_prob, label_smoothing=label_smoothing, num_classes=num_classes)
+        self.mixup = Mixup(mixup, cutmix, prob=prob, switch_prob=switch_prob, label_smoothing=label_smoothing,
+                           num_classes=num_classes)
     def before_batch(self):
         if not self.training: return
         x, y = self.xb[0], self.yb[0]
-        if len(x) % 2: raise ValueError(f'batch_size: got {len(x)} images of one process; allowed: an even number, because two are mixed')
+        if len(x) % 2:
+            raise ValueError(f'batch_size: got {len(x)} images of one process; allowed: an even number, two are mixed')
         x, y = self.mixup(x.clone(), y)
         self.learn.xb, self.learn.yb = (x,), (y,)
 
@@ -142,7 +164,8 @@ def correct(
     hits = pred.topk(min(5, pred.shape[1]), 1).indices == target[:, None]
     return torch.stack([hits[:, 0].sum(), hits.any(1).sum()]).double()
 
-def transform_options(settings): return {k: settings[k] for k in ('scale', 'hflip', 'auto_augment', 'color_jitter', 'random_erasing')}
+def transform_options(settings):
+    return {k: settings[k] for k in ('scale', 'hflip', 'auto_augment', 'color_jitter', 'random_erasing')}
 
 def fit_options(
     settings: dict,  # a `recipe`
@@ -151,8 +174,12 @@ def fit_options(
     "What `train.fit` is told to train a classifier by a recipe."
     s, cbs = settings, []
     mixes = s['mixup'] > 0 or s['cutmix'] > 0
-    if mixes: cbs.append(Mix(num_classes, s['mixup'], s['cutmix'], s['mix_prob'], s['switch_prob'], s['label_smoothing']))
+    if mixes:
+        cbs.append(Mix(num_classes, s['mixup'], s['cutmix'], s['mix_prob'], s['switch_prob'], s['label_smoothing']))
     if s['ema']: cbs.append(EMA(s['ema']))
-    rate = cosine(s['lr'], **{k: s[k] for k in ('warmup_epochs', 'min_lr', 'start_lr', 'constant', 'cooldown_epochs', 'after')})
-    return dict(epochs=s['epochs'], lr=s['lr'], weight_decay=s['weight_decay'], rule=s['rule'], layer_decay=s['layer_decay'], schedule=Schedule(rate),
-                record=TopRecord, grad_clip=s['grad_clip'] or None, label_smoothing=0. if mixes else s['label_smoothing'], cbs=cbs)
+    rate = cosine(s['lr'],
+                  **{k: s[k] for k in ('warmup_epochs', 'min_lr', 'start_lr', 'constant', 'cooldown_epochs', 'after')})
+    return dict(epochs=s['epochs'], lr=s['lr'], weight_decay=s['weight_decay'], rule=s['rule'],
+                layer_decay=s['layer_decay'], schedule=Schedule(rate),
+                record=TopRecord, grad_clip=s['grad_clip'] or None, label_smoothing=0. if mixes
+                else s['label_smoothing'], cbs=cbs)

@@ -16,7 +16,8 @@ import torch
 from fastcore.basics import patch
 from .files import project_root, read_csv, read_json, results_dir, whole_file, write_csv, write_json
 
-_all_ = ['project_root', 'read_csv', 'read_json', 'results_dir', 'whole_file', 'write_csv', 'write_json']  # written once, in `19_files`
+_all_ = ['project_root', 'read_csv', 'read_json', 'results_dir', 'whole_file', 'write_csv',
+         'write_json']  # written once, in `19_files`
 
 # %% ../nbs/lib/28_runs.ipynb #76120506
 def canonical(
@@ -135,8 +136,8 @@ def save_checkpoint(self: Run,
     state: dict,  # tensors, numbers, strings and containers of these; state['epoch'] = how many epochs are done
 ):
     "Write checkpoint.pt whole, keeping the one before it as well."
-    if not isinstance(state.get('epoch'), int): raise ValueError(f"state['epoch']: got {state.get('epoch')!r}; "
-                                                                 'allowed: an integer, how many epochs are done')
+    if not isinstance(state.get('epoch'), int):
+        raise ValueError(f"state['epoch']: got {state.get('epoch')!r}; allowed: an integer, how many epochs are done")
     buffer = io.BytesIO()
     torch.save(state, buffer)
     if not self._verified:
@@ -144,7 +145,7 @@ def save_checkpoint(self: Run,
         try: torch.load(buffer, map_location='cpu', weights_only=True)
         except pickle.UnpicklingError as e:
             what = re.search(r'GLOBAL (\S+)', str(e))
-            raise ValueError(f'state: holds {what[1] if what else "an object"}; allowed: tensors, numbers, strings, and '
+            raise ValueError(f'state: got {what[1] if what else "an object"}; allowed: tensors, numbers, strings, and '
                              'lists, tuples and dicts of these, which load without running code') from e
         self._verified = True
     with whole_file(self.dir/'checkpoint.new.pt') as f: f.write(buffer.getbuffer())

@@ -44,12 +44,13 @@ class MultiLevelNeck(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in scales)
 
     def forward(self, maps):
-        resized = [F.interpolate(conv(m), scale_factor=s, mode='bilinear') for conv, m, s in zip(self.lateral, maps, self.scales)]
+        resized = [F.interpolate(conv(m), scale_factor=s, mode='bilinear') for conv, m, s
+                   in zip(self.lateral, maps, self.scales)]
         return [conv(m) for conv, m in zip(self.convs, resized)]
 
 # %% ../nbs/lib/37_segment.ipynb #90f047db
 class UperNet(nn.Module):
-    "UperNet and its auxiliary head; in training two sets of logits at the stride of the first map, in evaluation one at the size of the image."
+    "UperNet and its auxiliary head; in training two sets of logits at the first map's stride, else one at the image's."
     def __init__(self,
         backbone: Backbone,
         num_classes: int = 150,
@@ -63,20 +64,26 @@ class UperNet(nn.Module):
         super().__init__()
         if num_classes < 1: raise ValueError(f'num_classes={num_classes} must be 1 or more')
         plain = len(set(backbone.strides)) == 1
-        if neck and not (plain and len(backbone.channels) == 4): raise ValueError(f'neck=True needs four maps of one stride, not strides {backbone.strides}')
-        self.backbone, self.num_classes, self.in_chans, widths = backbone, num_classes, backbone.in_chans, list(backbone.channels)
+        if neck and not (plain and len(backbone.channels) == 4):
+            raise ValueError(f'neck=True needs four maps of one stride, not strides {backbone.strides}')
+        self.backbone, self.num_classes, self.in_chans = backbone, num_classes, backbone.in_chans
+        widths = list(backbone.channels)
         self.neck = MultiLevelNeck(widths[0]) if neck else nn.Identity()
-        config = SimpleNamespace(pool_scales=tuple(pool_scales), hidden_size=channels, num_labels=num_classes, auxiliary_in_channels=None,
+        config = SimpleNamespace(pool_scales=tuple(pool_scales), hidden_size=channels, num_labels=num_classes,
+                                 auxiliary_in_channels=None,
                                  auxiliary_channels=aux_channels, auxiliary_num_convs=1, auxiliary_concat_input=False)
         self.head, self.aux = UperNetHead(config, widths), None
-        if aux_channels: self.aux = UperNetFCNHead(config, widths, (len(widths) - 1 if plain else max(0, len(widths) - 2)) if aux_index is None else aux_index)
+        if aux_channels:
+            self.aux = UperNetFCNHead(config, widths, (len(widths) - 1 if plain else max(0, len(widths) - 2))
+                                      if aux_index is None else aux_index)
         for part in self.heads():
             part.apply(init_head)
             nn.init.normal_(part.classifier.weight, std=0.01)
             part.classifier = nn.Sequential(nn.Dropout2d(dropout), part.classifier)
 
     def heads(self): return [part for part in (self.head, self.aux) if part is not None]
-    def no_weight_decay(self): return {f'backbone.model.{name}' for name in getattr(self.backbone.model, 'no_weight_decay', set)()}
+    def no_weight_decay(self):
+        return {f'backbone.model.{name}' for name in getattr(self.backbone.model, 'no_weight_decay', set)()}
     def set_grad_checkpointing(self, enable=True): self.backbone.model.set_grad_checkpointing(enable)
 
 # %% ../nbs/lib/37_segment.ipynb #c5313b6a
@@ -91,7 +98,9 @@ def forward(self: UperNet,
     x: Tensor,  # (B, in_chans, height, width) image
 ):  # training: (logits, auxiliary logits), (B, classes, H, W) each; evaluation: (B, classes, height, width)
     "Logits of every class."
-    if self.training and len(x) < 2: raise ValueError('a batch of 1 cannot be trained on: UperNet pools a map to 1x1 and normalises it over the batch')
+    if self.training and len(x) < 2:
+        raise ValueError('x: got a batch of 1 in training; allowed: 2 or more, because UperNet pools a map to 1x1 and '
+                         'normalises it over the batch')
     maps = self.neck(self.backbone(x))
     logits = self.head(maps)
     if self.training: return (logits, self.aux(maps)) if self.aux is not None else logits
@@ -132,11 +141,13 @@ class SegmentationLoss:
         aux_weight: float = 0.4,  # of the auxiliary head
         average: str = 'pixels',  # divide by all pixels as released, or by those with a label: 'labelled'
     ):
-        if average not in ('pixels', 'labelled'): raise ValueError(f"average={average!r} is unknown: allowed are 'pixels' and 'labelled'")
+        if average not in ('pixels', 'labelled'):
+            raise ValueError(f"average={average!r} is unknown: allowed are 'pixels' and 'labelled'")
         self.aux_weight, self.average = aux_weight, average
     def one(self, logits, target):
         if target.shape[:1] != logits.shape[:1] or target.ndim != 3:
-            raise ValueError(f'target has shape {tuple(target.shape)}: (B, height, width) expected for logits {tuple(logits.shape)}')
+            raise ValueError(f'target: got shape {tuple(target.shape)}; allowed: (B, height, width) for logits '
+                             f'{tuple(logits.shape)}')
         loss = F.cross_entropy(resized(logits, target.shape[1:]), target, ignore_index=IGNORE, reduction='sum')
         return loss / (target.numel() if self.average == 'pixels' else (target != IGNORE).sum().clamp(min=1))
     def __call__(self, pred, target):
@@ -179,9 +190,11 @@ def photometric(
 # %% ../nbs/lib/37_segment.ipynb #ade7a61d
 class TrainTransform:
     "An image and its labels as a training sample."
-    def __init__(self, crop=512, limits=(2048, 512), ratio=(0.5, 2.0), cat_max_ratio=0.75, mirror=0.5, photometric=True):
+    def __init__(self, crop=512, limits=(2048, 512), ratio=(0.5, 2.0), cat_max_ratio=0.75, mirror=0.5,
+                 photometric=True):
         self.crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
-        self.limits, self.ratio, self.cat_max_ratio, self.mirror, self.photometric = limits, ratio, cat_max_ratio, mirror, photometric
+        self.limits, self.ratio, self.cat_max_ratio = limits, ratio, cat_max_ratio
+        self.mirror, self.photometric = mirror, photometric
     def __call__(self, image, labels, rng):
         size = fitted(labels.shape, self.limits, rng.uniform(*self.ratio))
         image, labels = rescaled(image, size), rescaled(labels, size)
@@ -210,7 +223,8 @@ class SegmentationLoader(SampleLoader):
         transform=None,  # image, labels and random generator to tensors
         **kwargs,  # for `SampleLoader`
     ):
-        super().__init__(dataset, batch_size, steps, transform or (TrainTransform() if steps else EvalTransform()), **kwargs)
+        super().__init__(dataset, batch_size, steps, transform or (TrainTransform() if steps else EvalTransform()),
+                         **kwargs)
     c = property(lambda self: len(self.dataset.classes))
 
 # %% ../nbs/lib/37_segment.ipynb #0ff5dc72
@@ -227,12 +241,16 @@ def loaders(
     world: int = 1,  # so many training processes this is
 ) -> DataLoaders:  # fastai's, with two `SegmentationLoader`s; an epoch is `every` steps
     "Loaders for training and validation by a recipe."
-    if train.classes != valid.classes: raise ValueError(f'valid: its {len(valid.classes)} classes are not those of train ({len(train.classes)})')
+    if train.classes != valid.classes:
+        raise ValueError(f'valid: its {len(valid.classes)} classes are not those of train ({len(train.classes)})')
     device = default_device() if device is None else device
-    transform = TrainTransform(*(settings[k] for k in ('crop', 'limits', 'ratio', 'cat_max_ratio', 'mirror', 'photometric')))
+    transform = TrainTransform(*(settings[k] for k in ('crop', 'limits', 'ratio', 'cat_max_ratio', 'mirror',
+                                                       'photometric')))
     common = dict(seed=seed, workers=workers, device=device, rank=rank, world=world)
-    return DataLoaders(SegmentationLoader(train, settings['batch_size'], min(settings['every'], settings['iterations']), transform, **common),
-                       SegmentationLoader(valid, valid_batch * world, 0, EvalTransform(settings['limits']), **common), path=path, device=torch.device(device))
+    return DataLoaders(SegmentationLoader(train, settings['batch_size'],
+                                          min(settings['every'], settings['iterations']), transform, **common),
+                       SegmentationLoader(valid, valid_batch * world, 0, EvalTransform(settings['limits']), **common),
+                       path=path, device=torch.device(device))
 
 # %% ../nbs/lib/37_segment.ipynb #cc410748
 def confusion(
@@ -241,11 +259,13 @@ def confusion(
     n: int,  # classes
 ) -> Tensor:  # (n, n) int64: truth by prediction
     "How many pixels of each class were called what."
-    if pred.shape != target.shape: raise ValueError(f'pred has shape {tuple(pred.shape)}, target {tuple(target.shape)}: the same expected')
+    if pred.shape != target.shape:
+        raise ValueError(f'pred has shape {tuple(pred.shape)}, target {tuple(target.shape)}: the same expected')
     kept = target != IGNORE
     target, pred = target[kept].long(), pred[kept].long()
     if target.numel() and not (0 <= min(target.min(), pred.min()) and max(target.max(), pred.max()) < n):
-        raise ValueError(f'classes from 0 to {n - 1} expected: target has {target.min()} to {target.max()}, pred {pred.min()} to {pred.max()}')
+        raise ValueError(f'target, pred: got {target.min()} to {target.max()}, {pred.min()} to {pred.max()}; '
+                         f'allowed: classes from 0 to {n - 1}')
     return torch.bincount(target * n + pred, minlength=n * n).view(n, n)
 
 def scores(
@@ -255,7 +275,8 @@ def scores(
     matrix = matrix.double().cpu()
     hit, truth, said = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     iou, recall = 100 * hit / (truth + said - hit), 100 * hit / truth
-    return {'miou': iou.nanmean().item(), 'macc': recall.nanmean().item(), 'pixel_accuracy': (100 * hit.sum() / truth.sum()).item(), 'iou': iou.tolist()}
+    return {'miou': iou.nanmean().item(), 'macc': recall.nanmean().item(),
+            'pixel_accuracy': (100 * hit.sum() / truth.sum()).item(), 'iou': iou.tolist()}
 
 # %% ../nbs/lib/37_segment.ipynb #36d9b5d9
 def slide(
@@ -265,9 +286,11 @@ def slide(
     stride=(341, 341),  # from one window to the next
 ) -> Tensor:  # (1, classes, H, W)
     "Logits of overlapping windows, averaged where they overlap."
-    if any(not 1 <= s <= c for s, c in zip(stride, crop)): raise ValueError(f'stride={stride} must lie between 1 and crop={crop}, or pixels are left out')
+    if any(not 1 <= s <= c for s, c in zip(stride, crop)):
+        raise ValueError(f'stride={stride} must lie between 1 and crop={crop}, or pixels are left out')
     size, total, seen = x.shape[2:], 0, torch.zeros_like(x[:1, :1])
-    starts = [sorted({min(i * s, max(0, n - c)) for i in range(max(0, math.ceil((n - c) / s)) + 1)}) for n, c, s in zip(size, crop, stride)]
+    starts = [sorted({min(i * s, max(0, n - c)) for i in range(max(0, math.ceil((n - c) / s)) + 1)}) for n, c, s
+              in zip(size, crop, stride)]
     for top in starts[0]:
         for left in starts[1]:
             window = slice(top, top + crop[0]), slice(left, left + crop[1])
@@ -320,7 +343,8 @@ def evaluate(
         image, labels = dataset[i]
         probability = predict(model, image, **options)
         matrix = matrix + confusion(probability.argmax(0).cpu(), torch.from_numpy(labels), n)
-        line.update(f'{label} · {i + 1}/{len(dataset)} images · mIoU {scores(matrix)["miou"]:.2f} %', last=i + 1 == len(dataset))
+        line.update(f'{label} · {i + 1}/{len(dataset)} images · mIoU {scores(matrix)["miou"]:.2f} %', last=i + 1
+                    == len(dataset))
     model.train(training)
     return matrix
 
@@ -333,8 +357,10 @@ class SegmentationRecord(Record):
         self.matrix = self.matrix + confusion(resized(pred, target.shape[1:]).argmax(1), target, pred.shape[1])
     def scores(self):
         if not isinstance(self.matrix, Tensor):  # a process without an image
-            self.matrix = torch.zeros(self.dls.train.c, self.dls.train.c, dtype=torch.int64, device=self.learn.loss.device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(self.matrix)
+            self.matrix = torch.zeros(self.dls.train.c, self.dls.train.c, dtype=torch.int64,
+                                      device=self.learn.loss.device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.matrix)
         said = scores(self.matrix)
         self.iou = [None if math.isnan(v) else round(v, 4) for v in said.pop('iou')]
         return {k: None if math.isnan(v) else v for k, v in said.items()}
@@ -344,7 +370,10 @@ def fit_options(
     settings: dict,  # a `recipe`
 ) -> dict:  # for `train.fit`, beside the model, the loaders and the run
     "What `train.fit` is told to train a segmenter by a recipe."
-    loss, every = SegmentationLoss(settings['aux_weight'], settings['average']), min(settings['every'], settings['iterations'])
-    if settings['iterations'] % every: raise ValueError(f"iterations={settings['iterations']} must be a multiple of every={every}")
-    return dict(epochs=settings['iterations'] // every, lr=settings['lr'], weight_decay=settings['weight_decay'], losses=(loss, loss), record=SegmentationRecord,
+    loss, every = SegmentationLoss(settings['aux_weight'],
+                                   settings['average']), min(settings['every'], settings['iterations'])
+    if settings['iterations'] % every:
+        raise ValueError(f"iterations={settings['iterations']} must be a multiple of every={every}")
+    return dict(epochs=settings['iterations'] // every, lr=settings['lr'], weight_decay=settings['weight_decay'],
+                losses=(loss, loss), record=SegmentationRecord,
                 schedule=Schedule(polynomial(settings['lr'], settings['warmup'], settings['power'])))

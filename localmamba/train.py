@@ -147,7 +147,8 @@ class Record(Callback):
     @property
     def history(self): return pd.DataFrame(self.rows)
 
-    def before_fit(self): self.active, self.began, self.kept = False, time.perf_counter() - self.seconds, time.perf_counter()
+    def before_fit(self):
+        self.active, self.began, self.kept = False, time.perf_counter() - self.seconds, time.perf_counter()
     def before_train(self):
         self.active, (self.train_sum, self.train_n), self.partial = True, self.partial, (0., 0)
         self.at_start = {'loader': loader_state(self.dls.train), 'rng_start': of_all(rng_state())}
@@ -178,7 +179,8 @@ def after_batch(self: Record):
 @patch
 def after_epoch(self: Record):
     if not self.active: return
-    train_sum, train_n, valid_sum, self.valid_n = summed(self.train_sum, self.train_n, self.valid_sum, self.valid_n, device=self.learn.loss.device)
+    sums = self.train_sum, self.train_n, self.valid_sum, self.valid_n
+    train_sum, train_n, valid_sum, self.valid_n = summed(*sums, device=self.learn.loss.device)
     row = {'epoch': self.epoch, 'lr': self.opt.opt.param_groups[-1]['lr'],
            'train_loss': train_sum / train_n, 'valid_loss': valid_sum / self.valid_n, **self.scores()}
     self.seconds = time.perf_counter() - self.began
@@ -192,7 +194,8 @@ def after_epoch(self: Record):
     self.active = False
 
 @patch
-def due(self: Record):  # in the middle of an epoch; where there are several processes the first one's clock is asked, now and then
+def due(self: Record):  # of several processes the first one's clock is asked, now and then
+    "Whether a checkpoint within the epoch is due."
     if self.store is None or not self.learn.closes or self.iter + 1 == self.n_iter: return False
     if self.steps and (self.iter + 1) % self.steps == 0: return True
     if not self.minutes or processes()[1] > 1 and (self.iter + 1) % 50: return False
@@ -214,12 +217,15 @@ def training_state(
 ) -> dict:  # tensors, numbers, strings and containers of these
     "All that is needed to go on as if nothing had happened."
     own = {cb.name: cb.state_dict() for cb in learn.cbs if hasattr(type(cb), 'state_dict')}
-    state = {'epoch': learn.epoch + whole, 'model': unwrapped(learn.model).state_dict(), 'optimizer': learn.opt.opt.state_dict(),
-             'rng': of_all(rng_state()), 'loader': loader_state(learn.dls.train), 'seconds': learn.record.seconds, 'callbacks': own}
+    state = {'epoch': learn.epoch + whole, 'model': unwrapped(learn.model).state_dict(),
+             'optimizer': learn.opt.opt.state_dict(),
+             'rng': of_all(rng_state()), 'loader': loader_state(learn.dls.train), 'seconds': learn.record.seconds,
+             'callbacks': own}
     if learn.scaler: state['scaler'] = learn.scaler.state_dict()
     if whole: return state
     record = learn.record
-    return state | record.at_start | {'batches': learn.iter + 1, 'sums': of_all((float(record.train_sum), record.train_n))}
+    return state | record.at_start | {'batches': learn.iter + 1,
+                                      'sums': of_all((float(record.train_sum), record.train_n))}
 
 def _place(state):  # where a training was when it was saved
     if 'batches' in state: return f'in epoch {state["epoch"]}, after {state["batches"]} batches'
@@ -243,7 +249,8 @@ def resume(
     set_loader_state(learn.dls.train, state['loader'])
     rank, world = processes()
     if len(state['rng']) != world:
-        warnings.warn(f'the checkpoint is of {len(state["rng"])} processes and goes on with {world}: random numbers will be others')
+        warnings.warn(f'the checkpoint is of {len(state["rng"])} processes and goes on with {world}: '
+                      'random numbers will be others')
         rank = rank % len(state['rng'])
     learn.first_batch, learn.rng = state.get('batches', 0), state['rng'][rank]
     if 'sums' in state: learn.record.partial = state['sums'][rank] if len(state['sums']) == world else (0., 0)
@@ -252,7 +259,7 @@ def resume(
 
 # %% ../nbs/lib/32_train.ipynb #19fb957e
 class EpochLearner(Learner):
-    "fastai's Learner that can begin at any batch of any epoch, run its forward pass in 16 bits, and make one step of several batches."
+    "fastai's Learner that can begin at any batch, run its forward pass in 16 bits, and make one step of several batches."
     first_epoch, first_batch, rng, amp, scaler, accumulate = 0, 0, None, 'none', None, 1
     def __call__(self, event_name):
         if not isinstance(event_name, str) or event_name == 'after_fit': return super().__call__(event_name)
@@ -340,7 +347,8 @@ def learner(
 ) -> EpochLearner:  # `learn.fit(epochs)` trains
     "A fastai Learner with the recipe of the study."
     if amp not in AMP: raise ValueError(f'amp: got {amp!r}; allowed: {", ".join(map(repr, AMP))}')
-    if not isinstance(accumulate, int) or accumulate < 1: raise ValueError(f'accumulate: got {accumulate!r}; allowed: an integer from 1')
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f'accumulate: got {accumulate!r}; allowed: an integer from 1')
     if not 0 <= label_smoothing < 1: raise ValueError(f'label_smoothing: got {label_smoothing}; allowed: 0 to below 1')
     device = torch.device(getattr(dls, 'device', None) or 'cpu')
     model.to(device)
@@ -349,7 +357,8 @@ def learner(
         groups = param_groups(model, weight_decay, rule, layer_decay)
         return OptimWrapper(opt=torch.optim.AdamW(groups, lr, betas, fused=fused))
     train_loss, valid_loss = losses or (CrossEntropy(label_smoothing), CrossEntropy())
-    own = [schedule or Schedule(cosine(lr, warmup_epochs=warmup_epochs, min_lr=min_lr)), LossSwitch(train_loss, valid_loss), FiniteLoss(),
+    own = [schedule or Schedule(cosine(lr, warmup_epochs=warmup_epochs, min_lr=min_lr)),
+           LossSwitch(train_loss, valid_loss), FiniteLoss(),
            record(run, checkpoint_minutes, checkpoint_steps), OneLine(label, shown=processes()[0] == 0)]
     if grad_clip: own.append(GradientClip(grad_clip))
     if processes()[1] > 1: own.append(Together(device))
@@ -381,7 +390,8 @@ def fit(
         return run.metrics, run.history
     seed_everything(seed)
     if not isinstance(model, nn.Module): model = model()
-    if processes()[0]: seed_everything((seed + 1009 * processes()[0]) % 2**32)  # the same weights everywhere, dropout of its own
+    if processes()[0]:
+        seed_everything((seed + 1009 * processes()[0]) % 2**32)  # the same weights everywhere, dropout of its own
     seed_loader(dls.train, seed)
     learn = learner(model, dls, lr, run=run, label=label, **options)
     learn.remove_cbs(Recorder)
@@ -407,4 +417,5 @@ class KeepWeights(Callback):
         if processes()[0]: return
         average = getattr(self.learn, 'ema', None)
         with whole_file(self.path) as f:
-            torch.save({'model': unwrapped(self.learn.model).state_dict(), **({'ema_model': average.state_dict()} if average else {})}, f)
+            torch.save({'model': unwrapped(self.learn.model).state_dict(),
+                        **({'ema_model': average.state_dict()} if average else {})}, f)

@@ -276,7 +276,8 @@ def test_only_one_group_when_nothing_decays():
 
 
 @pytest.mark.parametrize('wrong, words', [(dict(amp='fp8'), "amp: got 'fp8'; allowed"),
-                                          (dict(epochs=0), 'epochs: got 0'), (dict(seed=-1), 'seed: got -1'), (dict(rule='x'), 'rule'),
+                                          (dict(epochs=0), 'epochs: got 0'), (dict(seed=-1), 'seed: got -1'),
+                                          (dict(rule='x'), 'rule'),
                                           (dict(label_smoothing=2.), 'label_smoothing')])
 def test_wrong_arguments(wrong, words):
     with pytest.raises(ValueError, match=words): fit(mlp, ours(), **{**RECIPE, **wrong})
