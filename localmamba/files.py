@@ -67,7 +67,7 @@ def read_json(
     try: found = json.loads(Path(path).read_text(encoding='utf-8'))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError): return None
     if kind is None or isinstance(found, kind): return found
-    raise TypeError(f'{path}: got a {type(found).__name__} ({str(found)[:60]}); allowed: a {kind.__name__}; was the file edited?')
+    raise TypeError(f'{path}: got a {type(found).__name__} ({str(found)[:60]}); allowed: a {kind.__name__}; was it edited?')
 
 # %% ../nbs/lib/19_files.ipynb #f1e68227
 def write_csv(

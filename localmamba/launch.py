@@ -79,7 +79,7 @@ def main(
 ):
     "[torchrun] -m localmamba.launch NOTEBOOK [-f settings.yaml] [-p name value …] [--device cpu]."
     parser = argparse.ArgumentParser('localmamba.launch',
-                                     description='Run an experiment up to its training, alone or in each process of torchrun.')
+                                     description='Run an experiment up to its training, in each process.')
     parser.add_argument('notebook')
     parser.add_argument('-f', '--file', help='a yaml or json file of parameters', default='')
     parser.add_argument('-p', '--parameter', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'))

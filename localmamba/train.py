@@ -259,7 +259,7 @@ def resume(
 
 # %% ../nbs/lib/32_train.ipynb #19fb957e
 class EpochLearner(Learner):
-    "fastai's Learner that can begin at any batch, run its forward pass in 16 bits, and make one step of several batches."
+    "fastai's Learner that can begin at any batch, run its forward pass in 16 bits, make one step of several batches."
     first_epoch, first_batch, rng, amp, scaler, accumulate = 0, 0, None, 'none', None, 1
     def __call__(self, event_name):
         if not isinstance(event_name, str) or event_name == 'after_fit': return super().__call__(event_name)

@@ -1,4 +1,4 @@
-"Detection: every row of Tables 3 and 6 counted, torchvision's own detector beside ours, damaged annotations, papermill."
+"Detection: every row of Tables 3 and 6 counted, torchvision's detector beside ours, damaged annotations, papermill."
 import json
 import os
 import shutil
@@ -249,8 +249,8 @@ def test_what_is_found_comes_back_to_the_size_of_the_image():
                  masks=torch.ones(1, 1, 28, 28))
     whole = restored(found, (20, 30), (40, 90))
     np.testing.assert_allclose(whole['boxes'], [[12, 16, 36, 32]])
-    assert whole['masks'].shape == (1, 40,
-                                    90) and whole['masks'][0, 17:31, 13:35].all() and not whole['masks'][0, :14].any() and not whole['masks'][0, :, 40:].any()
+    mask, = whole['masks']
+    assert mask.shape == (40, 90) and mask[17:31, 13:35].all() and not mask[:14].any() and not mask[:, 40:].any()
 
 
 # --- files
@@ -325,8 +325,8 @@ def test_missing_and_damaged_files(changed, root, tmp_path):
         held['images'] += [{'id': 90 + i, 'file_name': f'gone{i}.jpg', 'height': 9, 'width': 9} for i in range(7)]
     with pytest.raises(FileNotFoundError, match='7 of 13 images are not in .*gone0.jpg, .*…; skip_missing=True'):
         changed(more)
-    assert '7 missing images left out' in repr(changed(more,
-                                                       skip_missing=True)) and len(changed(more, skip_missing=True)) == 6
+    left = changed(more, skip_missing=True)
+    assert '7 missing images left out' in repr(left) and len(left) == 6
     for content, words in (('{', 'not JSON'), ('[]', 'no list "images"'),
                            ('{"images": [{"id": 1}]}', 'without file_name, height, width')):
         (tmp_path/'b.json').write_text(content)
@@ -357,8 +357,8 @@ def test_a_killed_renderer_leaves_no_half_set(tmp_path, monkeypatch):
     monkeypatch.setattr(coco, 'scenes', stopped)
     child = os.fork()
     if not child: coco_scenes(8, 2, tmp_path)
-    assert os.waitstatus_to_exitcode(os.waitpid(child,
-                                                0)[1]) == -signal.SIGKILL and not list(tmp_path.glob('scenes*')) and list(tmp_path.glob('.partial*'))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not list(tmp_path.glob('scenes*')) and list(tmp_path.glob('.partial*'))
     monkeypatch.undo()
     assert len(coco_instances(coco_scenes(8, 2, tmp_path))) == 8
 
@@ -389,8 +389,8 @@ def test_results_are_json_of_cocos_form(root):
 # --- samples
 
 def test_samples_are_the_same_whoever_makes_them(root):
-    train, settings = coco_instances(root), recipe('scenes', DETECTION, iterations=6,
-                                                   batch_size=4) | dict(every=3, mirror=0.5, augment='jitter', limits=(96, 96))
+    train, settings = coco_instances(root), recipe('scenes', DETECTION, iterations=6, batch_size=4)
+    settings |= dict(every=3, mirror=0.5, augment='jitter', limits=(96, 96))
     def passes(n, start=0, **kwargs):
         loader = loaders(train, train, settings, seed=5, device='cpu', **kwargs).train
         loader.load_state_dict(dict(seed=5, epoch=start))
@@ -416,7 +416,7 @@ def test_a_crop_without_instances_is_a_sample():
 def test_wrong_words():
     with pytest.raises(ValueError, match="augment='crop'"): TrainTransform('crop')
     with pytest.raises(ValueError, match='num_classes=0'): detector('test_local_vim', 0)
-    with pytest.raises(ValueError, match='recipe=.paper'): recipe('paper', DETECTION)
+    with pytest.raises(ValueError, match="recipe: got 'paper'"): recipe('paper', DETECTION)
 
 
 # --- the experiment
