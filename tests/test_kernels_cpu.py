@@ -77,8 +77,9 @@ def test_dataloader_worker():
 TIMED = '''
 import sys, time; sys.path.insert(0, {tests!r})
 import test_kernels_cpu as t
+from localmamba.kernels.workers import KERNELS
 start = time.perf_counter(); out = t.gradients(); print(time.perf_counter() - start)
-print(t.cpu.__file__); print(sum(not t.cpu._compiled[f][0].cache_hits for f in t.cpu._compiled))
+print(t.cpu.__file__); print(sum(not kernel.cache_hits for kernel, _ in KERNELS.values()))
 '''
 
 def test_read_only_install_compiles_once(tmp_path):
@@ -130,10 +131,10 @@ def test_no_folder_to_write():
     code = '''
 import warnings, torch, numba.core.caching as caching
 caching.CacheImpl._locator_classes = []
-from localmamba.kernels import cpu
+from localmamba.kernels import cpu_conv, workers
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter('always')
-    cpu._kernel(cpu._conv_forward)
+    workers.compiled(cpu_conv._conv_forward)
 print([str(w.message) for w in seen])
 '''
     assert 'NUMBA_CACHE_DIR' in run(code)
