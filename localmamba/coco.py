@@ -21,7 +21,8 @@ from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 from fastcore.basics import patch
 from PIL import Image
 
-from .data import SPLIT_NAMES, CorruptImage, _fingerprint, _open, data_dir, scenes
+from .digits import scenes
+from .images import SPLIT_NAMES, CorruptImage, data_dir, fingerprint, open_image
 
 # %% ../nbs/lib/26_coco.ipynb #cddda7ef
 COCO_LAYOUT = """expected layout:
@@ -104,7 +105,7 @@ class CocoFolder:
         if ok: ok = min(left + width, entry['width']) > max(left, 0) and min(top + height, entry['height']) > max(top, 0)
         self.left_out['instances of zero area'] += not ok
         return ok
-    files = property(lambda self: [(self.folder/entry['file_name'],) for entry, _ in self.entries])  # asked for in messages
+    def names(self, indices): return [str(self.folder/self.entries[i][0]['file_name']) for i in indices]
     def __len__(self): return len(self.entries)
     def __repr__(self):
         crowds = sum(bool(a.get('iscrowd')) for _, instances in self.entries for a in instances)
@@ -123,7 +124,7 @@ def __getitem__(self: CocoFolder, i):
     "Image (H, W, 3) uint8 and its instances: boxes (n, 4) fp32, labels (n,), masks (n, H, W) uint8, crowd (n,) bool, image_id"
     entry, instances = self.entries[i]
     path, size = self.folder/entry['file_name'], self.size(i)
-    image = np.asarray(_open(path).convert('RGB'))
+    image = np.asarray(open_image(path).convert('RGB'))
     if image.shape[:2] != size: raise ValueError(f'image {path} has {image.shape[0]}x{image.shape[1]} pixels, its annotations say {size[0]}x{size[1]}')
     boxes = np.array([a['bbox'] for a in instances], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
@@ -149,7 +150,7 @@ def readable(self: CocoFolder):
     "The images that can be decoded; what is left out is counted and the first path shown"
     failed = {}
     for i, (entry, _) in enumerate(self.entries):
-        try: _open(self.folder/entry['file_name'])
+        try: open_image(self.folder/entry['file_name'])
         except CorruptImage as e: failed[i] = str(e)
     if failed: print(f'{self.name}: {len(failed)} images left out, the first: {next(iter(failed.values()))}')
     return self.take(i for i in range(len(self)) if i not in failed)
@@ -189,7 +190,7 @@ def coco_scenes(
 ) -> Path:  # a folder for `coco_instances`
     "Scenes of digits on disk in COCO's layout, rendered if they are not there yet"
     home = Path(data_dir() if home is None else home)
-    root = home/f"scenes_coco-{_fingerprint('scenes 1', n_train, n_valid, seed, sorted((k, repr(v)) for k, v in options.items()))[:8]}"
+    root = home/f"scenes_coco-{fingerprint('scenes 1', n_train, n_valid, seed, sorted((k, repr(v)) for k, v in options.items()))[:8]}"
     if root.is_dir(): return root
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home, prefix='.partial-') as folder:

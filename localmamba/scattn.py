@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
 
-from .ssm import _below, _constant, _finish, _kernels, _operators, _register, _vjp
+from .kernels.backends import (choice, fake_gradients, finish_gradients, kernels_of, operators,
+                                         register_operator, vjp)
 
 # %% ../nbs/lib/10_scattn.ipynb #ddb82c56
 MODES = ('channel', 'spatial', 'both', 'none')
@@ -70,57 +70,52 @@ def _channel_gate(pooled, weight, bias, reduce, reduce_bias, select, select_bias
 # %% ../nbs/lib/10_scattn.ipynb #e4d18159
 _arguments = ('Tensor branches, Tensor weight, Tensor bias, Tensor reduce, Tensor reduce_bias, Tensor select, '
               'Tensor select_bias, str backend')
-_lib, _ops = _operators(
+_lib, _ops = operators(
     __name__,
     f'gated_sum({_arguments}) -> (Tensor, Tensor, Tensor)',
-    f"gated_sum_backward(Tensor dy, {_arguments}, Tensor pooled, Tensor moments) -> ({', '.join(['Tensor'] * 7)})")
+    f"gated_sum_backward(Tensor dy, Tensor pooled, Tensor moments, {_arguments}) -> ({', '.join(['Tensor'] * 7)})")
 
 # %% ../nbs/lib/10_scattn.ipynb #6017eab5
-def _sum_forward(branches, *args):
-    *parameters, backend = args
-    kernels = _kernels(backend, branches)
+def _sum_forward(branches, *parameters_and_backend):
+    *parameters, backend = parameters_and_backend
+    kernels = kernels_of(backend, branches)
     pooled, moments = kernels.gate_pool(branches)
     return kernels.gate_sum(branches, _channel_gate(pooled, *(p.float() for p in parameters))), pooled, moments
 
 
-def _sum_backward(dy, branches, *args):
-    *parameters, backend, pooled, moments = args
-    kernels, wide = _kernels(backend, branches), [p.float() for p in parameters]
-    dfactors = kernels.gate_factor_backward(dy, branches)
-    dpooled, *grads = _vjp(lambda *xs: (_channel_gate(*xs),), (pooled, *wide), (dfactors,))
-    dbranches = kernels.gate_branch_backward(dy, dpooled, branches, _channel_gate(pooled, *wide), moments)
-    return _finish((dbranches, *grads), (branches, *parameters))
-
-# %% ../nbs/lib/10_scattn.ipynb #e5f64898
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        y, pooled, moments = _below(_ops.gated_sum.default, args)
-        ctx.save_for_backward(*args[:7], pooled, moments)
-        ctx.backend = args[7]
-        ctx.mark_non_differentiable(pooled, moments)
-        return y, pooled, moments
-
-    @staticmethod
-    def backward(ctx, dy, *_):
-        *inputs, pooled, moments = ctx.saved_tensors
-        return *_ops.gated_sum_backward.default(dy, *inputs, ctx.backend, pooled, moments), None
-
-# %% ../nbs/lib/10_scattn.ipynb #f6f854a1
 def _sum_fake(branches, *_):
     B, K, T, C = branches.shape
     wide = branches.new_empty(B, K, C, dtype=torch.float32), branches.new_empty(B, K, T, 2, dtype=torch.float32)
     return branches.new_empty(B, T, C), *wide
 
-_register(_lib, _ops.gated_sum.default, _sum_forward, _sum_fake, _Sum.apply)
-_register(_lib, _ops.gated_sum_backward.default, _sum_backward, lambda dy, *args: tuple(x.new_empty(x.shape) for x in args[:7]))
 
-@register_flop_formula(_ops.gated_sum)
+def _sum_backward(dy, pooled, moments, branches, *parameters_and_backend):
+    *parameters, backend = parameters_and_backend
+    kernels, wide = kernels_of(backend, branches), [p.float() for p in parameters]
+    dfactors = kernels.gate_factor_backward(dy, branches)
+    dpooled, *grads = vjp(lambda *xs: (_channel_gate(*xs),), (pooled, *wide), (dfactors,))
+    dbranches = kernels.gate_branch_backward(dy, dpooled, branches, _channel_gate(pooled, *wide), moments)
+    return finish_gradients((dbranches, *grads), (branches, *parameters))
+
+# %% ../nbs/lib/10_scattn.ipynb #e5f64898
+def _keep_sum(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    _, pooled, moments = output
+    ctx.save_for_backward(pooled, moments, *tensors)
+    ctx.mark_non_differentiable(pooled, moments)
+
+
+def _sum_vjp(ctx, dy, *_): return *_ops.gated_sum_backward.default(dy, *ctx.saved_tensors, ctx.backend), None
+
+
 def _sum_flops(branches, weight, bias, reduce, *_, **__) -> int:
     return 2 * branches[0] * branches[1] * 2 * reduce[0] * reduce[1]
 
-@register_flop_formula(_ops.gated_sum_backward)
-def _sum_backward_flops(dy, *args, **__) -> int: return 2 * _sum_flops(*args)
+
+register_operator(_lib, _ops.gated_sum.default, _sum_forward, _sum_fake, _sum_flops, _sum_vjp, _keep_sum)
+register_operator(_lib, _ops.gated_sum_backward.default, _sum_backward,
+                  lambda dy, pooled, moments, *tensors_and_backend: fake_gradients(tensors_and_backend[:-1]),
+                  lambda dy, pooled, moments, *shapes, **__: 2 * _sum_flops(*shapes))
 
 # %% ../nbs/lib/10_scattn.ipynb #c9446b8a
 @patch
@@ -128,8 +123,8 @@ def merge(self: SCAttn,
     branches: Tensor,  # (B, K, T, C) K branches of one image
 ) -> Tensor:  # (B, T, C)
     "The sum of the gated branches."
-    backend = _constant(None, branches)
-    if self.mode != 'channel' or not backend.startswith('numba'):
+    backend = choice(None, branches).backend
+    if self.mode != 'channel' or backend != 'numba':
         return self(branches.flatten(0, 1)).view_as(branches).sum(1)
     if branches.ndim != 4 or branches.shape[-1] != self.dim:
         raise ValueError(f'branches has shape {tuple(branches.shape)}: (B, K, T, {self.dim}) expected')

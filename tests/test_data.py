@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from localmamba import data
+from localmamba import data, digits, images
 from localmamba.data import (CIFAR10, ImageSet, cifar10, digit_scenes, image_folder, load_data, loaders, parse_augment,
                              subset, take)
 
@@ -63,13 +63,13 @@ def test_any_size(size):
         assert 0 <= top <= size - height and 0 <= left <= size - width
 
 def test_strokes_stand_out_from_what_was_there(scenes):
-    digits = data.load_digits()
+    bundled = digits.load_digits()
     for part in scenes:
         for i in range(50):
             top, left, height, width = part.sources['place'][i]
-            strokes = Image.fromarray((digits.images[part.sources['digit'][i]] / 16).astype(np.float32))
+            strokes = Image.fromarray((bundled.images[part.sources['digit'][i]] / 16).astype(np.float32))
             opacity = np.clip(np.asarray(strokes.resize((width, height), Image.Resampling.BICUBIC)), 0, 1)
-            photo = Image.fromarray(data.load_sample_images().images[part.sources['photo'][i]])
+            photo = Image.fromarray(digits.load_sample_images().images[part.sources['photo'][i]])
             y, x, side = part.sources['crop'][i]
             plain = photo.resize((32, 32), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
             box = slice(top, top + height), slice(left, left + width)
@@ -82,7 +82,7 @@ def test_strokes_stand_out_from_what_was_there(scenes):
 
 def test_second_start_reads_the_cache(tmp_path, monkeypatch):
     first = image_folder(tree(tmp_path / 'set'))
-    monkeypatch.setattr(data, '_decode', None)
+    monkeypatch.setattr(images, '_decode', None)
     same(first, image_folder(tmp_path / 'set'))
 
 def test_changed_folder_is_decoded_again(tmp_path):
@@ -118,7 +118,7 @@ def test_killed_while_writing_leaves_no_half_cache(tmp_path):
 def test_disk_that_refuses_is_only_a_warning(tmp_path, monkeypatch):
     root = tree(tmp_path / 'set')
     def full(*args, **kwargs): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(data.np, 'savez', full)
+    monkeypatch.setattr(images.np, 'savez', full)
     with pytest.warns(UserWarning, match='No space left'): train, _ = image_folder(root)
     assert len(train) == 6 and sorted(p.name for p in root.iterdir()) == ['test', 'train']
 
@@ -175,7 +175,7 @@ def test_cifar10_is_found_under_data(tmp_path, monkeypatch):
 
 def test_cifar10_without_a_network(tmp_path, monkeypatch):
     def offline(url): raise URLError('Name or service not known')
-    monkeypatch.setattr(data, 'untar_data', offline)
+    monkeypatch.setattr(images, 'untar_data', offline)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match='Name or service not known') as e: cifar10()
     assert 'train/<class>/' in str(e.value) and 'cifar10' in str(e.value)
@@ -183,7 +183,7 @@ def test_cifar10_without_a_network(tmp_path, monkeypatch):
 
 def test_cifar10_through_fastai(tmp_path, monkeypatch):
     root = tree(tmp_path / 'fastai/cifar10', CIFAR10, n=1)
-    monkeypatch.setattr(data, 'untar_data', lambda url: root)
+    monkeypatch.setattr(images, 'untar_data', lambda url: root)
     monkeypatch.chdir(tmp_path)
     assert len(cifar10()[0]) == 10
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from localmamba import ssm
+from localmamba.kernels import backends as room
+from localmamba.kernels.backends import Backend, Differentiable
 from localmamba.ssm import (backends, directional_conv, directional_conv_ref, directional_scan, directional_scan_ref,
                             selective_scan_fn, selective_scan_ref)
 
@@ -401,7 +402,7 @@ def test_export():
 def operator_arguments():
     inputs, order = make(Bt=2, D=3, N=2, without=('D',))
     inputs = {n: x if x is None else x.float().requires_grad_() for n, x in inputs.items()}
-    scan = (*(inputs[n] for n in ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias')), order, True, False, 11, '')
+    scan = (*(inputs[n] for n in ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias')), order, True, False, 11, '', [])
     conv = torch.randn(2, 11, 3).requires_grad_(), torch.randn(2, 3, 4).requires_grad_(), None, order, ''
     return scan, conv
 
@@ -414,7 +415,7 @@ def test_opcheck():
     saved = torch.ops.localmamba.directional_scan(*scan)[2]
     checks = 'test_schema', 'test_faketensor'
     ops = torch.ops.localmamba
-    arguments = torch.randn(2, 2, 11, 3), None, *detach(scan), saved
+    arguments = torch.randn(2, 2, 11, 3), None, saved, *detach(scan)
     torch.library.opcheck(ops.directional_scan_backward.default, arguments, test_utils=checks)
     arguments = torch.randn(2, 2, 14, 3), *detach(conv)
     torch.library.opcheck(ops.directional_conv_backward.default, arguments, test_utils=checks)
@@ -423,7 +424,7 @@ def test_opcheck():
 @pytest.mark.parametrize('Bt,K,L,D,N', [(1, 1, 1, 1, 1), (2, 3, 33, 70, 5)])
 def test_fake_agrees_with_real(Bt, K, L, D, N):
     inputs, order = make(Bt, K, L, L, D, N)
-    args = (*(x.float() for x in inputs.values()), order, True, False, L, '')
+    args = (*(x.float() for x in inputs.values()), order, True, False, L, '', [])
     real = torch.ops.localmamba.directional_scan(*args)
     with torch._subclasses.FakeTensorMode() as mode:
         args = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
@@ -475,7 +476,7 @@ def test_backends_are_listed():
     assert all(isinstance(reason, str) and reason for reason in backends().values())
 
 
-def chosen(backend=None, dtype=torch.float32, **env): return ssm._chosen(backend, torch.zeros(1, dtype=dtype))
+def chosen(backend=None, dtype=torch.float32, **env): return room.chosen(backend, torch.zeros(1, dtype=dtype))
 
 
 def test_choice(monkeypatch):
@@ -497,23 +498,23 @@ def test_override_is_refused(monkeypatch, name, message):
 
 
 def test_cuda_backend_on_cpu_tensors(monkeypatch):
-    monkeypatch.setattr(ssm, '_load', lambda name: (object(), None))
-    ssm._resolve.cache_clear()
+    monkeypatch.setattr(room, 'load_kernels', lambda name: (object(), None))
+    room.resolve.cache_clear()
     try:
         with pytest.raises(ValueError, match="backend='triton': runs on cuda tensors only, the input is on cpu"):
             chosen('triton')
-    finally: ssm._resolve.cache_clear()
+    finally: room.resolve.cache_clear()
 
 
 def test_missing_numba_is_said(monkeypatch):
-    load = ssm._load
-    monkeypatch.setattr(ssm, '_load', lambda name: (None, 'cannot import numba') if name == 'numba' else load(name))
-    ssm._resolve.cache_clear()
+    load = room.load_kernels
+    monkeypatch.setattr(room, 'load_kernels', lambda name: (None, 'cannot import numba') if name == 'numba' else load(name))
+    room.resolve.cache_clear()
     try:
         with pytest.warns(UserWarning, match='plain PyTorch reference.*cannot import numba'):
             assert chosen() == 'reference'
         with pytest.raises(ValueError, match='cannot import numba'): chosen('numba')
-    finally: ssm._resolve.cache_clear()
+    finally: room.resolve.cache_clear()
 
 
 def test_float64_by_name():
@@ -555,10 +556,9 @@ def stub_mamba(monkeypatch):
         module = types.ModuleType(name)
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    kernels = ssm._Differentiable(ssm._mamba_scan, ssm._mamba_conv, lambda: None, last_state_grad=False)
-    monkeypatch.setitem(ssm._BACKENDS, 'mamba_ssm', (kernels, None, False))
-    ssm._load.cache_clear()
-    ssm._resolve.cache_clear()
+    kernels = Differentiable(room.mamba_scan, room.mamba_conv, lambda: None, last_state_grad=False)
+    monkeypatch.setitem(room.BACKENDS, 'mamba_ssm', Backend(kernels))
+    room.forget_choices()
 
 
 def test_mamba_ssm_backend(monkeypatch):
@@ -582,9 +582,7 @@ def test_mamba_ssm_backend(monkeypatch):
         for a, b in zip(given, expected): assert_close(a, b)
         with pytest.raises(RuntimeError, match='no gradient through the last state'):
             run_single(inputs, cotangent=lambda y, last: last.sum(), order=order, along_order=along)
-    finally:
-        ssm._load.cache_clear()
-        ssm._resolve.cache_clear()
+    finally: room.forget_choices()
 
 
 @pytest.mark.cuda
@@ -600,24 +598,24 @@ def test_cuda(backend):
 # what bad arguments get
 
 @pytest.mark.parametrize('name,bad,match', [
-    ('delta', lambda x: x[0], r'delta: given shape \(2, 11, 19\), allowed \(Bt, K, T, D\)'),
-    ('u', lambda x: x[:, :1], r'u: given shape \(2, 1, 11, 19\), allowed \(2, 2, 11, 19\) or \(2, 11, 19\)'),
-    ('A', lambda x: x[:, :5], r'A: given shape \(2, 5, 6\), allowed \(2, 19, 6\)'),
-    ('A', lambda x: x[0], r'A: given shape \(19, 6\), allowed \(K, D, N\)'),
-    ('B', lambda x: x[..., :4], r'B: given shape \(2, 2, 11, 4\), allowed \(2, 2, 11, 6\) or \(2, 19, 6\)'),
-    ('C', lambda x: x[0], r'C: given shape \(2, 11, 6\), allowed'),
-    ('D', lambda x: x[0], r'D: given shape \(19,\), allowed \(2, 19\)'),
-    ('delta_bias', lambda x: x[:, :3], r'delta_bias: given shape \(2, 3\), allowed \(2, 19\)'),
-    ('z', lambda x: x[:, :3], r'z: given shape \(2, 3, 19\), allowed \(2, 11, 19\) or \(2, 2, 11, 19\)'),
-    ('order', lambda x: x[:1], r'order: given shape \(1, 14\), allowed \(2, L\)'),
-    ('order', lambda x: x.int(), r'order: given dtype torch.int32, allowed torch.int64'),
-    ('order', lambda x: x.clamp(max=9), r'order: given 14 steps for 11 tokens; each row must hold every'),
-    ('order', lambda x: torch.where(x == 3, 300, x), r'order: given 14 steps for 11 tokens'),
-    ('order', lambda x: x[:, :5], r'order: given 5 steps for 11 tokens'),
-    ('order', lambda x: x - 1, r'order: given 14 steps'),
-    ('u', lambda x: x.long(), r'u: given dtype torch.int64, allowed torch.float32'),
-    ('A', lambda x: x.to(torch.complex64), r'A: given dtype torch.complex64, allowed only real parameters'),
-    ('B', lambda x: x.to('meta'), r'B: given on meta, allowed cpu'),
+    ('delta', lambda x: x[0], r'delta: got shape \(2, 11, 19\); allowed: \(Bt, K, T, D\)'),
+    ('u', lambda x: x[:, :1], r'u: got shape \(2, 1, 11, 19\); allowed: \(2, 2, 11, 19\) or \(2, 11, 19\)'),
+    ('A', lambda x: x[:, :5], r'A: got shape \(2, 5, 6\); allowed: \(2, 19, 6\)'),
+    ('A', lambda x: x[0], r'A: got shape \(19, 6\); allowed: \(K, D, N\)'),
+    ('B', lambda x: x[..., :4], r'B: got shape \(2, 2, 11, 4\); allowed: \(2, 2, 11, 6\) or \(2, 19, 6\)'),
+    ('C', lambda x: x[0], r'C: got shape \(2, 11, 6\); allowed'),
+    ('D', lambda x: x[0], r'D: got shape \(19,\); allowed: \(2, 19\)'),
+    ('delta_bias', lambda x: x[:, :3], r'delta_bias: got shape \(2, 3\); allowed: \(2, 19\)'),
+    ('z', lambda x: x[:, :3], r'z: got shape \(2, 3, 19\); allowed: \(2, 11, 19\) or \(2, 2, 11, 19\)'),
+    ('order', lambda x: x[:1], r'order: got shape \(1, 14\); allowed: \(2, L\)'),
+    ('order', lambda x: x.int(), r'order: got dtype torch.int32; allowed: torch.int64'),
+    ('order', lambda x: x.clamp(max=9), r'order: got 14 steps for 11 tokens; allowed: in each row every'),
+    ('order', lambda x: torch.where(x == 3, 300, x), r'order: got 14 steps for 11 tokens'),
+    ('order', lambda x: x[:, :5], r'order: got 5 steps for 11 tokens'),
+    ('order', lambda x: x - 1, r'order: got 14 steps'),
+    ('u', lambda x: x.long(), r'u: got dtype torch.int64; allowed: torch.float32'),
+    ('A', lambda x: x.to(torch.complex64), r'A: got dtype torch.complex64; allowed: only real parameters'),
+    ('B', lambda x: x.to('meta'), r'B: got device meta; allowed: cpu'),
 ])
 def test_scan_errors(name, bad, match):
     inputs, order = make()
@@ -642,11 +640,11 @@ def test_along_order_with_padding_needs_tokens():
 
 
 @pytest.mark.parametrize('change,match', [
-    (dict(x=torch.zeros(3, 4)), r'x: given shape \(3, 4\), allowed \(Bt, T, D\)'),
-    (dict(weight=torch.zeros(2, 5, 4)), r'weight: given shape \(2, 5, 4\), allowed \(K, 3, W\)'),
-    (dict(weight=torch.zeros(2, 3, 9)), 'weight: given 9 taps, allowed 1 to 8'),
-    (dict(bias=torch.zeros(3)), r'bias: given shape \(3,\), allowed \(2, 3\)'),
-    (dict(order=torch.zeros(2, 4, dtype=torch.long)), 'order: given 4 steps for 4 tokens'),
+    (dict(x=torch.zeros(3, 4)), r'x: got shape \(3, 4\); allowed: \(Bt, T, D\)'),
+    (dict(weight=torch.zeros(2, 5, 4)), r'weight: got shape \(2, 5, 4\); allowed: \(K, 3, W\)'),
+    (dict(weight=torch.zeros(2, 3, 9)), 'weight: got 9 taps; allowed: 1 to 8'),
+    (dict(bias=torch.zeros(3)), r'bias: got shape \(3,\); allowed: \(2, 3\)'),
+    (dict(order=torch.zeros(2, 4, dtype=torch.long)), 'order: got 4 steps for 4 tokens'),
 ])
 def test_conv_errors(change, match):
     arguments = dict(x=torch.zeros(1, 4, 3), weight=torch.zeros(2, 3, 4), bias=None, order=torch.arange(4).repeat(2, 1))
@@ -654,12 +652,12 @@ def test_conv_errors(change, match):
 
 
 @pytest.mark.parametrize('change,match', [
-    (dict(A=torch.zeros(4, 8, dtype=torch.complex64)), 'A: given dtype torch.complex64; only real A, B and C are'),
-    (dict(B=torch.zeros(2, 3, 8, 5)), r'B, C: given 3 groups; the number of groups must divide the 4 channels of u'),
-    (dict(B=torch.zeros(2, 7, 5)), r'B: given shape \(2, 7, 5\), allowed \(4, 8\) or \(2, 8, 5\)'),
-    (dict(delta=torch.zeros(2, 4, 6)), r'delta: given shape \(2, 4, 6\), allowed \(2, 4, 5\)'),
-    (dict(u=torch.zeros(4, 5)), r'u: given shape \(4, 5\), allowed \(B, D, L\)'),
-    (dict(z=torch.zeros(2, 5, 4)), r'z: given shape \(2, 5, 4\), allowed \(2, 4, 5\)'),
+    (dict(A=torch.zeros(4, 8, dtype=torch.complex64)), 'A: got dtype torch.complex64; allowed: real numbers'),
+    (dict(B=torch.zeros(2, 3, 8, 5)), r'B, C: got 3 groups; allowed: a number that divides the 4 channels of u'),
+    (dict(B=torch.zeros(2, 7, 5)), r'B: got shape \(2, 7, 5\); allowed: \(4, 8\) or \(2, 8, 5\)'),
+    (dict(delta=torch.zeros(2, 4, 6)), r'delta: got shape \(2, 4, 6\); allowed: \(2, 4, 5\)'),
+    (dict(u=torch.zeros(4, 5)), r'u: got shape \(4, 5\); allowed: \(B, D, L\)'),
+    (dict(z=torch.zeros(2, 5, 4)), r'z: got shape \(2, 5, 4\); allowed: \(2, 4, 5\)'),
 ])
 def test_mamba_layout_errors(change, match):
     u, B = torch.zeros(2, 4, 5), torch.zeros(2, 8, 5)
