@@ -251,7 +251,7 @@ def own_numbers(
     cure = ("; label_zero='class' says that 0 is the first class" if 0 in ignored and 0 in _LOOKED[key] else '')
     if len(missing) > len(classes) - 2:
         held = [c for c in classes if c not in missing]
-        raise ValueError(f'classes: the {len(maps)} training label maps hold {_some(held) if held else "none"} of {len(classes)}; '
+        raise ValueError(f'classes: the {len(maps)} training label maps hold {f"only {held[0]!r}" if held else "none"} of the {len(classes)} classes; '
                          f'allowed: two or more, since one alone cannot be told from anything{cure}')
     if missing and not known: warnings.warn(f'classes: {len(missing)} of {len(classes)} are in none of the {len(maps)} training label maps: {_some(missing)}{cure}')
     return dict(numbers=numbers, ignored=ignored)
