@@ -352,7 +352,10 @@ def evaluate(
 class SegmentationRecord(Record):
     "The history of a segmentation run: mIoU, mean accuracy, pixel accuracy, and the IoU of each class at the end."
     name = 'record'
+    iou = None
     def reset(self): self.matrix = 0
+    def state_dict(self): return {'iou': self.iou}
+    def load_state_dict(self, state): self.iou = state['iou']
     def judge(self, pred, target):
         self.matrix = self.matrix + confusion(resized(pred, target.shape[1:]).argmax(1), target, pred.shape[1])
     def scores(self):
@@ -364,7 +367,13 @@ class SegmentationRecord(Record):
         said = scores(self.matrix)
         self.iou = [None if math.isnan(v) else round(v, 4) for v in said.pop('iou')]
         return {k: None if math.isnan(v) else v for k, v in said.items()}
-    def outcome(self): return super().outcome() | {'iou': self.iou}
+    def outcome(self):
+        if self.iou is None:  # the training was over when it was taken up again, from a checkpoint that did not say
+            self.active = True
+            self.learn._do_epoch_validate()
+            self.active = False
+            self.scores()
+        return super().outcome() | {'iou': self.iou}
 
 def fit_options(
     settings: dict,  # a `recipe`
