@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['whole_file', 'write_text', 'write_json', 'read_json', 'write_csv', 'read_csv', 'project_root', 'data_dir',
-           'results_dir', 'paper_file', 'files_below', 'identity']
+           'results_dir', 'folder_name', 'paper_file', 'files_below', 'identity']
 
 # %% ../nbs/lib/19_files.ipynb #5b34695d
 import csv, hashlib, io, json, os, re, stat
@@ -122,6 +122,12 @@ def results_dir(
             raise ValueError(f'{argument}: got {value!r}; allowed: letters, digits, "_", "-" and ".", '
                              'because it names a folder')
     return Path(root or project_root())/'results'/experiment/dataset
+def folder_name(
+    path,  # of a data set
+) -> str:  # letters, digits, "_", "-" and "."
+    "What results of a data set are kept under: the name of its folder, blanks and the like replaced."
+    return re.sub(r'[^\w.-]+', '-', Path(path).resolve().name).strip('-.') or 'folder'
+
 def paper_file(
     name: str,  # such as 'coco_1x.csv'
 ) -> Path:

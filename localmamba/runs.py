@@ -202,7 +202,7 @@ def tidy(self: Run):
 def start(self: Run,
     **facts,  # further facts about the environment
 ):  # the run itself
-    "Lock, write params.json and env.json; raises `RuntimeError` when finished, `ValueError` for other parameters or data."
+    "Lock, write params.json and env.json; raises `RuntimeError` when finished, `ValueError` for other parameters."
     self.lock()
     try: return self._begin(facts)
     except BaseException:
