@@ -23,7 +23,7 @@ from .detector import Counted, Detector, detector, load_detector
 from .optim import Schedule, staircase
 from .processes import of_all, processes, summed
 from .progress import StatusLine
-from .samples import SampleLoader, fitted, network_input, rescaled, standardised
+from .stream import SampleLoader, fitted, network_input, rescaled, standardised
 from .train import Record
 
 _all_ = ['Counted', 'Detector', 'detector', 'load_detector']  # the model, for those who look for it here

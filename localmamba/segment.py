@@ -28,7 +28,7 @@ from .models.backbone import Backbone, backbone_of
 from .models.weights import load_whole
 from .optim import Schedule, polynomial
 from .progress import StatusLine
-from .samples import MEAN, STD, SampleLoader, fitted, network_input, pixel_stats, rescaled, standardised
+from .stream import MEAN, STD, SampleLoader, fitted, network_input, pixel_stats, rescaled, standardised
 from .train import Record
 
 # %% ../nbs/lib/37_segment.ipynb #5c513e55

@@ -349,7 +349,7 @@ DEFAULTS = dict(epochs=30, seed=0, n_train=400, share=0.1, lr=1e-3, warmup=-1, r
     (dict(rows=[]), ValueError, "'rows': got an empty list"),
     (dict(rows=['h', 3]), TypeError, 'got 3 .int. in it; allowed: str'),
     (dict(size=[64, -1]), ValueError, 'got -1 in it'), (dict(size=['64']), TypeError, 'allowed: int'),
-    (dict(model=''), ValueError, 'an empty text'), (dict(model='giant'), ValueError, "allowed: 'nano', 'micro'")])
+    (dict(model=''), ValueError, "'model': got ''"), (dict(model='giant'), ValueError, "allowed: 'nano', 'micro'")])
 def test_values_that_make_no_sense(wrong, error, words):
     with pytest.raises(error, match=words):
         refuse_values(DEFAULTS, DEFAULTS | wrong, comments(CELL), model=('nano', 'micro'))
