@@ -78,7 +78,8 @@ def _observe(model):
 
     kinds = nn.LayerNorm, nn.RMSNorm
     norm_layers = (m for m in model.modules() if isinstance(m, kinds) and id(m) not in gates)
-    handles = [m.register_forward_pre_hook(mixer, with_kwargs=True) for m in model.modules() if isinstance(m, ScanMixer)]
+    mixers = (m for m in model.modules() if isinstance(m, ScanMixer))
+    handles = [m.register_forward_pre_hook(mixer, with_kwargs=True) for m in mixers]
     handles += [m.register_forward_pre_hook(norm, with_kwargs=True) for m in norm_layers]
     return calls, norms, handles
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'AUGMENTS', 'load_data', 'reflect', 'parse_augment', 'pick', 'erase', 'MemoryLoader', 'channel_stats',
-           'loaders']
+           'centre', 'loaders']
 
 # %% ../nbs/lib/23_memory.ipynb #5b4f7c9e
 import numpy as np
@@ -105,10 +105,13 @@ class MemoryLoader:
         stats: tuple = None, # mean and standard deviation a channel, of pixels from 0 to 1; None: of these images
         seed: int = 0, # decides order and augmentation
         device = 'cpu', # where the images are kept and the batches made
+        side: int = None, # of the square that is cut from the middle of each image, after augmentation; None: the whole
     ):
         self.dataset, self.bs, self.shuffle, self.drop_last = dataset, bs, shuffle, drop_last
         self.augment, self.parts, self.seed, self.epoch = augment, parse_augment(augment), seed, 0
-        self.rank, self.world = 0, 1
+        self.rank, self.world, self.side = 0, 1, side
+        if side is not None and not (isinstance(side, int) and 1 <= side <= min(dataset.images.shape[1:3])):
+            raise ValueError(f'side: got {side!r}; allowed: 1 to {min(dataset.images.shape[1:3])}, the side of the images')
         self.stats = channel_stats(dataset) if stats is None else stats
         self.data = torch.from_numpy(dataset.images).permute(0, 3, 1, 2).contiguous()
         self.target = torch.from_numpy(dataset.labels)
@@ -143,14 +146,24 @@ def to(self: MemoryLoader, device):
 @patch
 def new(self: MemoryLoader, dataset=None, **kwargs):
     "The same loader with another data set or other options"
-    names = ('bs', 'shuffle', 'drop_last', 'augment', 'stats', 'seed', 'device')
+    names = ('bs', 'shuffle', 'drop_last', 'augment', 'stats', 'seed', 'device', 'side')
     return MemoryLoader(self.dataset if dataset is None else dataset, **{k: getattr(self, k) for k in names} | kwargs)
 
 # %% ../nbs/lib/23_memory.ipynb #432443e6
+def centre(
+    x: torch.Tensor, # (B, 3, H, W)
+    side: int, # pixels
+) -> torch.Tensor: # (B, 3, side, side)
+    "The square in the middle; what was shifted by a 'crop' before is then a random crop."
+    top, left = (x.shape[-2] - side) // 2, (x.shape[-1] - side) // 2
+    return x[..., top:top + side, left:left + side]
+
 @patch
 def batch(self: MemoryLoader, index, generator):
     "Images (B, 3, H, W) float32 and labels (B,) at `index`"
-    x = pick(self.data, index, self.parts, generator).to(torch.float32).sub_(self.mean).mul_(self.scale)
+    x = pick(self.data, index, self.parts, generator)
+    if self.side: x = centre(x, self.side)
+    x = x.to(torch.float32).sub_(self.mean).mul_(self.scale)
     return (erase(x, generator) if 'erase' in self.parts else x), self.target[index.to(self.device)]
 
 @patch
@@ -208,6 +221,7 @@ def loaders(
     device=None, # where the images are kept; None: what fastai would use
     stats: tuple = None, # mean and standard deviation a channel; None: those of the training images
     path='.', # where fastai may save things
+    side: int = None, # of the square cut from the middle of each image, after augmentation; None: the whole
 ) -> DataLoaders: # fastai's, with two `MemoryLoader`s
     "Loaders for training and validation"
     if train.classes != valid.classes or train.images.shape[1:] != valid.images.shape[1:]:
@@ -215,6 +229,6 @@ def loaders(
     if not isinstance(batch_size, int) or not 1 <= batch_size <= len(train):
         raise ValueError(f'batch_size: got {batch_size!r}; allowed: 1 to {len(train)}, the training images')
     stats, device = channel_stats(train) if stats is None else stats, default_device() if device is None else device
-    common = dict(bs=batch_size, stats=stats, seed=seed, device=device)
+    common = dict(bs=batch_size, stats=stats, seed=seed, device=device, side=side)
     return DataLoaders(MemoryLoader(train, shuffle=True, drop_last=True, augment=augment, **common),
                        MemoryLoader(valid, **common), path=path, device=torch.device(device))
