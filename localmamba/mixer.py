@@ -160,7 +160,7 @@ def check_tokens(
     if not fits:
         raise ValueError(f'x: got {got}; allowed: (B, H, W, C), or (B, tokens, C) with height and width, C = {dim}')
     if height is None or width is None:
-        raise ValueError(f'height, width: got {height}, {width}; allowed: those of the map')
+        raise ValueError(f'height, width: got {height}, {width}; allowed: those of the map, or x as (B, H, W, C)')
     tokens, cls = height * width + (cls_index is not None), '' if cls_index is None else ' and a class token'
     if x.shape[1] != tokens:
         raise ValueError(f'x: got {x.shape[1]} tokens; allowed: {tokens}, for height={height}, width={width}{cls}')

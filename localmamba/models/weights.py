@@ -394,14 +394,14 @@ def build_model(
     cls: type,  # of the model
     variant: str,  # its timm name
     pretrained: bool,  # as timm's
-    out_indices,  # features of which layers, by default, for `features_only=True`
+    standard,  # layers that `features_only=True` gives if no `out_indices` are named
     **kwargs,  # as a model's factory gets them
 ) -> nn.Module:
     "A model as timm makes it; the file of `pretrained_cfg_overlay` is read by `read_checkpoint`."
     overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
     file = overlay.get('file') if pretrained and not overlay.get('custom_load') else None
     if file: overlay['state_dict'] = read_checkpoint(file)
-    features = dict(out_indices=kwargs.pop('out_indices', out_indices), feature_cls=FeatureMaps)
+    features = dict(out_indices=kwargs.pop('out_indices', standard), feature_cls=FeatureMaps)
     model = build_model_with_cfg(cls, variant, pretrained, pretrained_cfg_overlay=overlay,
                                  pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=features, **kwargs)
     for net in (model, getattr(model, 'model', model)): net.pretrained_cfg.pop('state_dict', None)  # it is loaded
