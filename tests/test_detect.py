@@ -244,6 +244,14 @@ def test_released_weights_arrive_and_other_checkpoints_are_refused(tmp_path):
         load_detector(detector('test_local_vmamba', **SMALL | dict(num_classes=9)), tmp_path/'a.pt')
     load_detector(net, tmp_path/'a.pt')
 
+def test_images_of_any_number_of_channels():
+    net = detector('test_local_vmamba', backbone=dict(in_chans=4), **SMALL).eval()
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 4)).astype(np.uint8)
+    assert predict(net, image, (64, 48))['masks'].shape[1:] == (40, 50)
+    with pytest.raises(ValueError, match=r'image: got shape \(40, 50, 3\); allowed: \(H, W, 4\)'):
+        predict(net, image[..., :3])
+
+
 def test_what_is_found_comes_back_to_the_size_of_the_image():
     found = dict(boxes=torch.tensor([[4., 8., 12., 16.]]), labels=torch.tensor([3]), scores=torch.tensor([.9]),
                  masks=torch.ones(1, 1, 28, 28))
