@@ -126,11 +126,10 @@ def test_one_channel_of_numbers_in_any_depth(tmp_path, mode):
     np.testing.assert_array_equal(read_labels(tmp_path/'a.png', 7), np.where(numbers == 0, IGNORE, numbers - 1))
 
 @pytest.mark.parametrize('change, words',
-                         [(lambda a: a.convert('RGB'), 'colours or bits'),
-                          (lambda a: a.convert('1'), 'colours or bits'),
+                         [(lambda a: a.convert('RGB'), 'colours or fractions'),
                                            (lambda a: a.resize((64, 48), 0), 'has 48x64 pixels'),
                                            (lambda a: Image.fromarray(np.asarray(a).astype(np.uint16) * 300),
-                                            'allowed: 0 (unlabelled) to 12')])
+                                            'allowed: 0 to 12')])
 def test_wrong_annotations(mine, change, words):
     path = annotation(mine)
     change(Image.open(path)).save(path)
@@ -170,9 +169,10 @@ def test_corrupt_images_are_named_or_counted(mine, capsys):
 def test_coco_semantic(tmp_path):
     for part in ('train2017', 'semantic/train2017'): (tmp_path/part).mkdir(parents=True)
     Image.new('RGB', (8, 6)).save(tmp_path/'train2017/1.jpg')
-    Image.fromarray(np.full((6, 8), 3, np.uint8)).save(tmp_path/'semantic/train2017/1.png')
+    Image.fromarray(np.full((6, 8), [3] * 7 + [1], np.uint8)).save(tmp_path/'semantic/train2017/1.png')
     (tmp_path/'semantic/classes.json').write_text(json.dumps([{'id': i, 'name': str(i)} for i in (1, 2, 3)]))
-    assert (coco_semantic(tmp_path)[0][1] == 2).all()
+    with pytest.warns(UserWarning, match='1 of 3 are in none of the 1 training label maps: 2'):
+        assert (coco_semantic(tmp_path)[0][1] == [2] * 7 + [0]).all()
     (tmp_path/'semantic/classes.json').write_text(json.dumps([{'id': i, 'name': str(i)} for i in (1, 2, 4)]))
     with pytest.raises(ValueError, match='are not 1 to 3'): coco_semantic(tmp_path)
 
