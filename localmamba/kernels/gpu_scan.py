@@ -404,7 +404,7 @@ def scan_backward(
     "Gradients of the selective scan, the same bits at every call; arguments as the operator's."
     inputs, sizes, options, grid = _scan_args(u, delta, A, B, C, D, z, delta_bias, order, SOFTPLUS=delta_softplus,
                                               ALONG=along_order)
-    (K, L, N, dim, steps), batch = sizes, len(u)
+    (K, _, N, dim, steps), batch = sizes, len(u)
     part = lambda x, *shape: u.new_empty(batch, K, *shape, dtype=x.dtype if x.dim() == 4 else torch.float32)
     parts = Gradients(
         part(u, steps, dim), part(delta, steps, dim), part(A, N, dim),
