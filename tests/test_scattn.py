@@ -91,7 +91,7 @@ def test_bit_equal_for_any_number_of_threads():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match=r'branches has shape \(2, 3, 5, 8\): \(B, K, T, 16\) expected'):
+    with pytest.raises(ValueError, match=r'branches: got shape \(2, 3, 5, 8\); allowed: \(B, K, T, 16\)'):
         attention(16).merge(torch.randn(2, 3, 5, 8))
 
 
