@@ -53,6 +53,7 @@ lab: env
 export: env
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+	$(BIN)/python tests/contents.py
 
 lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev setup.py --output-file requirements.lock

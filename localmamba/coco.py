@@ -22,7 +22,8 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .digits import scenes
-from .images import SPLIT_NAMES, CorruptImage, data_dir, fingerprint, open_image
+from .files import data_dir
+from .images import SPLIT_NAMES, CorruptImage, fingerprint, open_image
 
 # %% ../nbs/lib/26_coco.ipynb #cddda7ef
 COCO_LAYOUT = """expected layout:
@@ -124,7 +125,7 @@ def __getitem__(self: CocoFolder, i):
     "Image (H, W, 3) uint8 and its instances: boxes (n, 4) fp32, labels (n,), masks (n, H, W) uint8, crowd (n,) bool, image_id"
     entry, instances = self.entries[i]
     path, size = self.folder/entry['file_name'], self.size(i)
-    image = np.asarray(open_image(path).convert('RGB'))
+    image = np.asarray(open_image(path))
     if image.shape[:2] != size: raise ValueError(f'image {path} has {image.shape[0]}x{image.shape[1]} pixels, its annotations say {size[0]}x{size[1]}')
     boxes = np.array([a['bbox'] for a in instances], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]

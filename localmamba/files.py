@@ -19,7 +19,7 @@ import pandas as pd
 def whole_file(
     path,  # the file to write
 ):  # yields a file open for writing bytes
-    "A file that takes its name only when it is complete; on any failure the previous one stays. Raises `OSError` that names the file."
+    "A file that takes its name only when it is complete; raises `OSError`, with the previous one as it was."
     path = Path(path)
     part = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
@@ -32,7 +32,8 @@ def whole_file(
     except BaseException as e:
         try: part.unlink(missing_ok=True)
         except OSError: pass # a folder that may not be written to
-        if isinstance(e, OSError) and e.errno: raise type(e)(e.errno, f'{e.strerror}: not written, and what was there before stays', str(path)) from e
+        if isinstance(e, OSError) and e.errno:
+            raise type(e)(e.errno, f'{e.strerror}: not written, and what was there before stays', str(path)) from e
         raise
     _settle(path.parent)
 
@@ -66,7 +67,7 @@ def read_json(
     try: found = json.loads(Path(path).read_text(encoding='utf-8'))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError): return None
     if kind is None or isinstance(found, kind): return found
-    raise TypeError(f'{path}: got JSON of the kind {type(found).__name__} ({str(found)[:60]}); allowed: {kind.__name__}; was the file edited?')
+    raise TypeError(f'{path}: got a {type(found).__name__} ({str(found)[:60]}); allowed: a {kind.__name__}; was it edited?')
 
 # %% ../nbs/lib/19_files.ipynb #f1e68227
 def write_csv(
@@ -86,7 +87,7 @@ def read_csv(
     path,  # the file to read
     mend: bool = False,  # leave out a last line that was cut off
 ) -> pd.DataFrame:  # empty when it is not there
-    "Read a table that `write_csv` wrote, each float to its last bit; raises `ValueError` for one that was cut off or edited."
+    "Read a table of `write_csv`, each float to its last bit; raises `ValueError` for one that was cut off or edited."
     try: text = Path(path).read_text(encoding='utf-8')
     except FileNotFoundError: return pd.DataFrame()
     except UnicodeDecodeError as e: raise ValueError(f'{path}: is no text ({e})') from e
@@ -95,7 +96,8 @@ def read_csv(
         text = text[:text.rfind('\n') + 1]
     head, *rows = list(csv.reader(io.StringIO(text, newline=''))) or [[]]
     for i, row in enumerate(rows):
-        if len(row) != len(head): raise ValueError(f'{path}, row {i + 1}: got {len(row)} cells; allowed: {len(head)}, as in its first line')
+        if len(row) != len(head):
+            raise ValueError(f'{path}, row {i + 1}: got {len(row)} cells; allowed: {len(head)}, as in its first line')
     return pd.DataFrame([dict(zip(head, map(_value, row))) for row in rows])
 
 # %% ../nbs/lib/19_files.ipynb #6cfe16e6
@@ -116,7 +118,8 @@ def results_dir(
     "Where an experiment's table, figures and runs lie; raises `ValueError` for what cannot name a folder."
     for argument, value in (('experiment', experiment), ('dataset', dataset)):
         if not re.fullmatch(r'[\w][\w.-]*', str(value)):
-            raise ValueError(f'{argument}: got {value!r}; allowed: letters, digits, "_", "-" and ".", because it names a folder')
+            raise ValueError(f'{argument}: got {value!r}; allowed: letters, digits, "_", "-" and ".", '
+                             'because it names a folder')
     return Path(root or project_root())/'results'/experiment/dataset
 
 # %% ../nbs/lib/19_files.ipynb #ac84cd48

@@ -183,7 +183,8 @@ def mamba_groups(
     expect('A', inputs.A, inputs.u.shape[1], 'N')
     (batch, dim, L), N = inputs.u.shape, inputs.A.shape[1]
     G = max(x.shape[1] if x.dim() == 4 else 1 for x in (inputs.B, inputs.C))
-    if G == 0 or dim % G: raise ValueError(f'B, C: got {G} groups; allowed: a number that divides the {dim} channels of u')
+    if G == 0 or dim % G:
+        raise ValueError(f'B, C: got {G} groups; allowed: a number that divides the {dim} channels of u')
     steps = (dim, N), (batch, N, L), (batch, 1, N, L), (batch, G, N, L)
     forms = dict(delta=[inputs.u.shape], z=[inputs.u.shape], D=[(dim,)], delta_bias=[(dim,)], B=steps, C=steps)
     for name, shapes in forms.items():

@@ -16,7 +16,8 @@ from torch import Tensor
 from .kernels.backends import (REFERENCE, backends, choice, fake_gradients, finish_gradients, kernels_of,
                                          operators, readable, register_operator, transformed)
 from .recurrence import (ScanInputs, along, apply_along, directional_conv_ref, directional_scan_ref, expect,
-                                   expect_one, from_mamba, scan_core, scan_steps, selective_scan_ref, to_mamba, to_raster)
+                                   expect_one, from_mamba, scan_core, scan_steps, selective_scan_ref, to_mamba,
+                                   to_raster)
 from .scan import TABLES, PrivateOrder, own_order, trusted_order
 
 # %% ../nbs/lib/03_ssm.ipynb #3b7b74a8
@@ -72,7 +73,8 @@ def _expect_dtypes(device, tensors):
         if x.dtype not in _DTYPES:
             real = 'only real parameters are supported: ' if x.is_complex() else ''
             raise ValueError(f"{name}: got dtype {x.dtype}; allowed: {real}{', '.join(map(str, _DTYPES))}")
-        if x.device != device: raise ValueError(f'{name}: got device {x.device}; allowed: {device}, as the first argument')
+        if x.device != device:
+            raise ValueError(f'{name}: got device {x.device}; allowed: {device}, as the first argument')
 
 
 def _expect_order(order, device, K, L='L'):
@@ -129,8 +131,8 @@ def _prepared(arguments):
     if order is None: order = _identity(*inputs.delta.shape[1:3]).on(inputs.u.device)
     else: order = trusted_order(order, arguments.tokens, inputs.u.device, arguments.named)
     if inputs.u.dtype == torch.float64: return inputs._replace(order=order)
-    single = {name: x.float() for name, x in inputs._asdict().items() if name in ('A', 'D', 'delta_bias') and x is not None}
-    return inputs._replace(order=order, **single)
+    single = lambda x: None if x is None else x.float()
+    return inputs._replace(A=single(inputs.A), D=single(inputs.D), delta_bias=single(inputs.delta_bias), order=order)
 
 # %% ../nbs/lib/03_ssm.ipynb #f14a1e46
 def _empty(inputs, tokens): return 0 in (*inputs.delta.shape, inputs.A.shape[2], inputs.order.shape[1], tokens)
@@ -158,7 +160,8 @@ def _scan_fake(*args):
 
 def _scan_backward(dy, dlast_state, saved, *args):
     arguments = ScanArguments(*args)
-    inputs, kernels, (Bt, K, _, D) = _prepared(arguments), kernels_of(arguments.backend, arguments.u), arguments.delta.shape
+    inputs, kernels = _prepared(arguments), kernels_of(arguments.backend, arguments.u)
+    Bt, K, _, D = arguments.delta.shape
     if dy is None: dy = inputs.u.new_zeros(Bt, K, arguments.tokens, D)
     expect('dy', dy, Bt, K, arguments.tokens, D)
     if dlast_state is not None: expect('dlast_state', dlast_state, Bt, K, D, arguments.A.shape[2])
@@ -253,6 +256,14 @@ register_operator(_lib, _ops.own_order.default, own_order, lambda order, tokens:
                   lambda *_, **__: 0)
 
 
+def _check_values(order, tokens):
+    "Refuse an order that does not visit each token once, in a transform of `torch.func`, where NumPy sees no numbers."
+    whole = torch.arange(tokens - order.shape[1], tokens, device=order.device).clamp(min=-1).expand_as(order)
+    if order.shape[1] < tokens or not torch.equal(order.sort(1).values, whole):
+        raise ValueError(f'order: got {order.shape[1]} steps for {tokens} tokens; allowed: in each row every raster '
+                         f'index 0..{tokens - 1} exactly once and -1 elsewhere')
+
+
 def _for_graph(order, tokens):
     "The order as the compiler's graph keeps it: a copy that the caller cannot reach."
     kept = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled()
@@ -267,8 +278,8 @@ def _scan(inputs, tokens, backend):
     if tokens is None: tokens = (inputs.delta if inputs.z is None or not inputs.along_order else inputs.z).shape[-2]
     if reference:
         order = inputs.order
-        if order is None: order = torch.arange(inputs.delta.shape[2], device=inputs.u.device).expand(inputs.delta.shape[1], -1)
-        elif readable(order): trusted_order(order, tokens)
+        if order is None: order = torch.arange(tokens, device=inputs.u.device).expand(inputs.delta.shape[1], -1)
+        else: _check_values(order, tokens)
         return apply_along(scan_core, inputs._replace(order=order), tokens)
     inputs = inputs._replace(order=_for_graph(inputs.order, tokens))
     return _ops.directional_scan.default(*inputs, tokens, *choice(backend, inputs.u))[:2]
@@ -326,7 +337,7 @@ def directional_scan(
     A: Tensor,                  # (K, D, N) negative
     B: Tensor,                  # (Bt, K, T or L, N), or (K, D, N) constant in time
     C: Tensor,                  # (Bt, K, T or L, N), or (K, D, N) constant in time
-    order: Tensor,              # (K, L), or (Bt, K, L) one an image: raster index visited at each step, −1 = padding step
+    order: Tensor,              # (K, L), or (Bt, K, L) one an image: raster index visited at each step, −1 = padding
     D: Tensor | None = None,    # (K, D) skip
     z: Tensor | None = None,    # (Bt, T, D) shared, or (Bt, K, T, D): gate, always in raster order
     delta_bias: Tensor | None = None,  # (K, D)
@@ -356,9 +367,12 @@ def directional_conv(
         if len(order) != len(x): expect('order', order, len(x), *order.shape[1:])
         return torch.cat([directional_conv(image[None], weight, bias, one, backend) for image, one in zip(x, order)])
     reference = transformed(x, weight, bias)
-    if reference or torch.compiler.is_compiling() or not all(isinstance(t, Tensor) for t in (x, weight, order)) or x.dim() != 3:
+    plain = all(isinstance(t, Tensor) for t in (x, weight, order)) and x.dim() == 3
+    if reference or torch.compiler.is_compiling() or not plain:
         _expect_conv(x, weight, bias, order)
-    if reference: return directional_conv_ref(x, weight, bias, order)
+    if reference:
+        _check_values(order, x.shape[1])
+        return directional_conv_ref(x, weight, bias, order)
     return _ops.directional_conv.default(x, weight, bias, _for_graph(order, x.shape[1]), choice(backend, x).backend)
 
 # %% ../nbs/lib/03_ssm.ipynb #be258704

@@ -30,15 +30,19 @@ def fitted(
     ratio: float = 1.0,  # of the limits
 ) -> tuple:  # height and width
     "The size of an image within limits, proportions kept."
+    if limits is not None and (len(limits) != 2 or not min(limits) > 0):
+        raise ValueError(f'limits: got {limits!r}; allowed: two positive numbers of pixels, or None')
+    if not 0 < ratio < 1000: raise ValueError(f'ratio: got {ratio!r}; allowed: a positive number')
     if limits is None: return tuple(max(1, round(n * ratio)) for n in size)
     factor = min(max(limits) * ratio / max(size), min(limits) * ratio / min(size))
     return tuple(max(1, int(n * factor + 0.5)) for n in size)
 
 def normalised(
-    image: np.ndarray,  # (H, W, 3) uint8
-) -> Tensor:  # (3, H, W) fp32
-    "An image as the backbones of this package want it."
-    return torch.from_numpy(np.ascontiguousarray(((np.asarray(image, np.float32) - MEAN) / STD).transpose(2, 0, 1)))
+    image: np.ndarray,  # (H, W, C) uint8
+) -> Tensor:  # (C, H, W) fp32
+    "An image as the backbones of this package want it; of other channels than three, each by the mean of ImageNet's three."
+    mean, std = (MEAN, STD) if image.shape[-1] == 3 else (MEAN.mean(), STD.mean())
+    return torch.from_numpy(np.ascontiguousarray(((np.asarray(image, np.float32) - mean) / std).transpose(2, 0, 1)))
 
 def rescaled(
     image: np.ndarray,  # (H, W, 3) or (H, W) uint8

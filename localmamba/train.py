@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['AMP', 'seed_everything', 'rng_state', 'set_rng_state', 'loader_state', 'set_loader_state', 'seed_loader',
-           'param_groups', 'cosine_lr', 'Schedule', 'CrossEntropy', 'LossSwitch', 'NonFiniteLoss', 'FiniteLoss',
-           'StatusLine', 'status', 'OneLine', 'TensorBoard', 'processes', 'summed', 'from_first', 'of_all', 'unwrapped',
-           'Together', 'Record', 'training_state', 'resume', 'EpochLearner', 'learner', 'fit', 'KeepWeights']
+           'CrossEntropy', 'LossSwitch', 'NonFiniteLoss', 'FiniteLoss', 'Record', 'training_state', 'resume',
+           'EpochLearner', 'learner', 'fit', 'KeepWeights', 'Schedule', 'param_groups', 'processes', 'StatusLine']
 
 # %% ../nbs/lib/32_train.ipynb #6f15ef97
-import math, os, random, sys, time, warnings
+import math, random, time, warnings
 from contextlib import nullcontext
 from itertools import chain, islice
+
 import numpy as np
 import pandas as pd
 import torch
@@ -20,26 +20,28 @@ from torch.nn import functional as F
 from fastai.callback.core import CancelBackwardException, CancelEpochException, CancelStepException, Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientClip
-from fastai.distributed import DistributedTrainer
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import noop, patch
-from timm.models._manipulate import group_with_matcher
-from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from .runs import whole_file
+from .files import whole_file
+from .optim import Schedule, cosine, param_groups
+from .processes import Together, from_first, of_all, processes, summed, unwrapped
+from .progress import OneLine, StatusLine, TensorBoard, status
+
+_all_ = ['Schedule', 'param_groups', 'processes', 'StatusLine']  # of rooms above, for those who look for them here
 
 # %% ../nbs/lib/32_train.ipynb #aa41542e
 def seed_everything(
-    seed: int, # 0 to 2**32 - 1, NumPy takes no more
+    seed: int,  # 0 to 2**32 - 1, NumPy takes no more
 ):
-    "Seed Python, NumPy and torch on every device"
+    "Seed Python, NumPy and torch on every device."
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f'seed: got {seed!r}; allowed: 0 to 2**32 - 1')
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
 
-def rng_state() -> dict: # tensors, numbers and tuples of these
-    "The state of the three generators, as a checkpoint can hold it"
+def rng_state() -> dict:  # tensors, numbers and tuples of these
+    "The state of the three generators, as a checkpoint can hold it."
     name, keys, *rest = np.random.get_state()
     state = {'python': random.getstate(), 'numpy': (name, torch.from_numpy(keys.astype(np.int64)), *rest),
              'torch': torch.get_rng_state()}
@@ -47,9 +49,9 @@ def rng_state() -> dict: # tensors, numbers and tuples of these
     return state
 
 def set_rng_state(
-    state: dict, # from `rng_state`
+    state: dict,  # from `rng_state`
 ):
-    "Put the generators back to where they were"
+    "Put the generators back to where they were."
     name, keys, *rest = state['numpy']
     random.setstate(state['python'])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -58,28 +60,28 @@ def set_rng_state(
 
 # %% ../nbs/lib/32_train.ipynb #01b5b504
 def loader_state(
-    loader, # a training loader
-): # something a checkpoint can hold; None if the loader draws from the global generators only
-    "The state of a loader's own generator"
+    loader,  # a training loader
+):  # something a checkpoint can hold; None if the loader draws from the global generators only
+    "The state of a loader's own generator."
     if hasattr(loader, 'state_dict'): return loader.state_dict()
     if isinstance(getattr(loader, 'rng', None), random.Random): return loader.rng.getstate()
     if isinstance(getattr(loader, 'generator', None), torch.Generator): return loader.generator.get_state()
 
 def set_loader_state(
-    loader, # a training loader
-    state, # from `loader_state`
+    loader,  # a training loader
+    state,  # from `loader_state`
 ):
-    "Put a loader's own generator back to where it was"
+    "Put a loader's own generator back to where it was."
     if state is None: return
     if hasattr(loader, 'load_state_dict'): loader.load_state_dict(state)
     elif isinstance(getattr(loader, 'rng', None), random.Random): loader.rng.setstate(state)
     else: loader.generator.set_state(state)
 
 def seed_loader(
-    loader, # a training loader
-    seed: int, # what `fit` was given
+    loader,  # a training loader
+    seed: int,  # what `fit` was given
 ):
-    "Start a loader's own generator afresh, so that a run does not depend on the runs before it"
+    "Start a loader's own generator afresh, so that a run does not depend on the runs before it."
     if hasattr(loader, 'seed') and hasattr(loader, 'epoch'):
         loader.seed, loader.epoch = seed, 0
         return
@@ -87,95 +89,28 @@ def seed_loader(
     if isinstance(generator, torch.Generator): generator.manual_seed(seed)
     elif isinstance(generator, random.Random): generator.seed(seed)
 
-# %% ../nbs/lib/32_train.ipynb #6e480ed5
-def param_groups(
-    model: nn.Module, # may name more parameters through `no_weight_decay()`
-    weight_decay: float = 0.05, # for the parameters that decay
-    rule: str = 'study', # 'study', or 'release': the authors' rule, which decays A_log and alpha
-    layer_decay: float = 1., # learning rate of a layer, in parts of the next one's: above 0, at most 1
-) -> list: # groups for a torch optimiser, 'decay' and 'no_decay'; frozen parameters are in none
-    "Split parameters into those that decay and those that do not, and by layer where layers learn at different rates"
-    if not 0 < layer_decay <= 1: raise ValueError(f'layer_decay: got {layer_decay}; allowed: above 0, at most 1')
-    if rule not in ('study', 'release'): raise ValueError(f"rule: got {rule!r}; allowed: 'study', 'release'")
-    named = set(model.no_weight_decay()) if hasattr(model, 'no_weight_decay') and rule == 'study' else set()
-    def spared(name, p):
-        leaf = name.rpartition('.')[2]
-        if leaf in ('A_log', 'alpha'): return rule == 'study'
-        return (p.ndim <= 1 or leaf.endswith('bias') or leaf in ('D', 'pos_embed', 'cls_token')
-                or name in named or leaf in named)
-    layers, groups = _layers(model) if layer_decay < 1 else {}, {}
-    for name, p in model.named_parameters():
-        if p.requires_grad: groups.setdefault((layers.get(name), 'no_decay' if spared(name, p) else 'decay'), []).append(p)
-    scale = {i: {'lr_scale': layer_decay ** (max(layers.values()) - i), 'layer': i} for i in set(layers.values())} | {None: {}}
-    return [{'params': groups[i, name], 'weight_decay': weight_decay if name == 'decay' else 0., 'name': name, **scale[i]}
-            for i in sorted(scale, key=lambda i: -1 if i is None else i) for name in ('decay', 'no_decay') if (i, name) in groups]
-
-def _layers(model): # {parameter: its layer, counted from the stem}
-    if not hasattr(model, 'group_matcher'):
-        raise ValueError(f'layer_decay: {type(model).__name__} does not say which parameters form a layer (group_matcher); allowed: 1')
-    return group_with_matcher(model.named_parameters(), model.group_matcher(coarse=False), reverse=True)
-
-# %% ../nbs/lib/32_train.ipynb #b2e9739c
-def cosine_lr(
-    step: int, # steps done before this one
-    total: int, # steps of the whole training
-    warmup: int, # steps of linear warm-up
-    lr: float, # at the end of the warm-up
-    min_lr: float = 1e-6, # at the end of the training
-    start_lr: float = 1e-7, # at the first step of the warm-up
-    after: bool = True, # the cosine begins after the warm-up; else at step 0, with the warm-up in the place of its start
-) -> float: # learning rate of this step
-    "Linear warm-up, then half a cosine"
-    if step < warmup: return start_lr + (lr - start_lr) * step / warmup
-    done = (step - warmup) / max(1, total - warmup) if after else step / max(1, total)
-    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(done, 1.))) / 2
-
-# %% ../nbs/lib/32_train.ipynb #08fa0293
-class Schedule(Callback):
-    "Set the learning rate before every training step"
-    order = 60
-    def __init__(self,
-        peak_lr: float, # at the end of the warm-up
-        warmup_epochs: float = 0., # may be a fraction
-        min_lr: float = 1e-6, # at the end
-        start_lr: float = 1e-7, # at the first step of the warm-up
-        constant: str = 'step', # within what the rate does not change: 'step', 'epoch', or 'warmup': an epoch of the warm-up, then a step
-        cooldown_epochs: int = 0, # at the end, at `min_lr`
-        after: bool = True, # see `cosine_lr`
-    ):
-        if constant not in ('step', 'epoch', 'warmup'): raise ValueError(f"constant: got {constant!r}; allowed: 'step', 'epoch', 'warmup'")
-        self.peak_lr, self.warmup_epochs, self.min_lr, self.start_lr = peak_lr, warmup_epochs, min_lr, start_lr
-        self.constant, self.cooldown_epochs, self.after, self.now = constant, cooldown_epochs, after, peak_lr
-    def before_batch(self):
-        if not self.training: return
-        n, per = -(-self.n_iter // self.accumulate), self.accumulate
-        step, warmup = self.epoch * n + self.iter // per, round(self.warmup_epochs * n)
-        if self.constant == 'epoch' or self.constant == 'warmup' and step < warmup: step = self.epoch * n
-        self.now = cosine_lr(step, (self.n_epoch - self.cooldown_epochs) * n, warmup, self.peak_lr, self.min_lr, self.start_lr, self.after)
-        for group in self.opt.opt.param_groups: group['lr'] = self.now * group.get('lr_scale', 1.)
-
 # %% ../nbs/lib/32_train.ipynb #130f90ae
 class CrossEntropy:
-    "Cross-entropy in fp32"
+    "Cross-entropy in fp32."
     def __init__(self,
-        label_smoothing: float = 0., # share of the target spread over all classes, 0 to 1
+        label_smoothing: float = 0.,  # share of the target spread over all classes, 0 to 1
     ):
         self.label_smoothing = label_smoothing
     def __call__(self, logits, target):
         return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
 
 class LossSwitch(Callback):
-    "One loss for training and another for validation"
+    "One loss for training and another for validation."
     def __init__(self, train, valid): self.train, self.valid = train, valid
     def before_train(self): self.learn.loss_func = self.train
     def before_validate(self): self.learn.loss_func = self.valid
 
 # %% ../nbs/lib/32_train.ipynb #7a31ce9e
 class NonFiniteLoss(RuntimeError):
-    "The loss is NaN or infinite"
+    "The loss is NaN or infinite."
 
 class FiniteLoss(Callback):
-    "Stop at the first loss that is NaN or infinite"
+    "Stop at the first loss that is NaN or infinite."
     order = 65
     def before_fit(self): self.unseen = []
     def after_loss(self):
@@ -196,156 +131,14 @@ class FiniteLoss(Callback):
                                 + (f'; the batch: {", ".join(map(str, names[:8]))}{rest}' if names else ''))
         self.unseen.clear()
 
-# %% ../nbs/lib/32_train.ipynb #838213d1
-def _kernel(): # the IPython kernel this code runs in, or None
-    ipython = sys.modules.get('IPython')
-    return getattr(ipython.get_ipython(), 'kernel', None) if ipython else None
-
-def _terminal(): # a stream that a person or a log reads, None in JupyterLab and VS Code
-    if _kernel() is None: return sys.stderr
-    if any(name in os.environ for name in ('JPY_SESSION_NAME', 'VSCODE_PID')): return None
-    behind = getattr(sys.stderr, '_original_stdstream_copy', None)
-    return None if behind is None else open(behind, 'w', closefd=False, encoding='utf-8')
-
-class StatusLine:
-    "A line of text that is rewritten in place, in a notebook and in a terminal"
-    def __init__(self): self.handle, self.shown, self.logged, self.stream = None, 0., 0., _terminal()
-    def update(self,
-        text: str, # the new line
-        last: bool = False, # it stays as it is now
-    ):
-        "Show `text`; at most twice a second unless it is the last"
-        now = time.monotonic()
-        if not last and now - self.shown < 0.5: return
-        self.shown = now
-        if _kernel() is not None:
-            from IPython.display import display
-            if self.handle is None: self.handle = display({'text/plain': text}, raw=True, display_id=True)
-            else: self.handle.update({'text/plain': text}, raw=True)
-        if self.stream is None: return
-        if self.stream.isatty(): self._write('\r\x1b[2K' + text + '\n' * last)
-        elif last or now - self.logged > 10:
-            self.logged = now
-            self._write(text + '\n')
-    def _write(self, text):
-        try: self.stream.write(text), self.stream.flush()
-        except (OSError, ValueError, UnicodeError): self.stream = None
-
-# %% ../nbs/lib/32_train.ipynb #90964e72
-def status(
-    label: str, # what is trained
-    row: dict|None, # a row of the history, or the metrics of a run
-    where: str, # how far it is
-) -> str: # one line
-    "What a status line says"
-    said, score = [label, where] if label else [where], {'top1': 'top-1', 'miou': 'mIoU', 'AP_box': 'box AP'}
-    if row: said += [f'loss {row["train_loss"]:.3f}', *(f'{word} {row[name]:.2f} %' for name, word in score.items() if row.get(name) is not None),
-                     f'{row["seconds"]:.0f} s']
-    return ' · '.join(said)
-
-class OneLine(Callback):
-    "One line that says where training is"
-    order = 90
-    def __init__(self,
-        label: str = '', # what is trained
-    ):
-        self.label, self.line = label, None
-    def before_fit(self): self.line = None
-    def before_train(self):
-        if self.line is None and not processes()[0]:
-            self.line = StatusLine()
-            self.line.update(status(self.label, None, f'epoch {self.first_epoch}/{self.n_epoch}'))
-    def after_batch(self):
-        if not (self.line and self.training and self.record.active): return
-        row, where = self.record.last_row, f'epoch {self.epoch}/{self.n_epoch}, step {self.iter + 1}/{self.n_iter}'
-        self.line.update(status(self.label, row, where))
-    def after_fit(self):
-        if self.line: self.line.update(status(self.label, self.record.last_row, f'{self.n_epoch} epochs'), last=True)
-    def stopped(self): # fastai has no event for an exception
-        if processes()[0]: return
-        if self.line is None: return
-        where = f'stopped in epoch {self.epoch}/{self.n_epoch}, step {self.iter + 1}/{self.n_iter}'
-        self.line.update(status(self.label, self.record.last_row, where), last=True)
-
-# %% ../nbs/lib/32_train.ipynb #8cf890fa
-class TensorBoard(Callback):
-    "Writes every row of the history for TensorBoard"
-    order = 95
-    def __init__(self,
-        folder, # where TensorBoard looks
-    ): self.folder = folder
-    def before_fit(self):
-        try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError as e: raise ImportError('tensorboard: the package is not installed (pip install tensorboard)') from e
-        self.writer = SummaryWriter(self.folder, purge_step=self.first_epoch)
-    def after_epoch(self):
-        for name, value in (self.record.last_row or {}).items():
-            if name != 'epoch' and isinstance(value, (int, float)): self.writer.add_scalar(name, value, self.epoch)
-        self.writer.flush()
-    def after_fit(self): self.writer.close()
-
-# %% ../nbs/lib/32_train.ipynb #7bedb16a
-def processes() -> tuple: # rank of this one from 0, number of them
-    "Which of how many training processes this is"
-    if distributed.is_available() and distributed.is_initialized(): return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-def summed(
-    *values, # numbers of this process
-    device='cpu', # a GPU where processes talk through NCCL
-) -> list: # floats
-    "Each number summed over all processes"
-    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
-    if processes()[1] > 1: distributed.all_reduce(total)
-    return total.tolist()
-
-def from_first(
-    call, # what the first process does, without arguments
-): # what it returned there, on every process
-    "Do something in one process and let all know"
-    if processes()[1] == 1: return call()
-    told = [call() if processes()[0] == 0 else None]
-    distributed.broadcast_object_list(told)
-    return told[0]
-
-def of_all(
-    value, # of this process
-) -> list: # of every process, in order
-    "What every process has"
-    if processes()[1] == 1: return [value]
-    values = [None] * processes()[1]
-    distributed.all_gather_object(values, value)
-    return values
-
-def unwrapped(
-    model: nn.Module, # perhaps inside DistributedDataParallel
-) -> nn.Module: # the model itself
-    "The model without what shares it between processes"
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-# %% ../nbs/lib/32_train.ipynb #123692a9
-class Together(DistributedTrainer):
-    "fastai's distributed training for loaders that share themselves out; validation goes through the bare model"
-    def __init__(self, device):
-        super().__init__(sync_bn=torch.device(device).type == 'cuda', cpu=torch.device(device).type == 'cpu')
-    def _wrap_dl(self, dl): return dl
-    def before_fit(self):
-        for dl in self.dls:
-            if not hasattr(dl, 'world'): raise TypeError(f'dls: {type(dl).__name__} cannot be shared between processes; it needs `rank` and `world`')
-            dl.rank, dl.world = processes()
-        super().before_fit()
-        self.wrapped = self.learn.model
-    def before_validate(self): self.learn.model = unwrapped(self.learn.model)
-    def after_validate(self): self.learn.model = self.wrapped
-
 # %% ../nbs/lib/32_train.ipynb #0da79cc5
 class Record(Callback):
-    "The history of a training; with a `run`, kept on disk together with a checkpoint an epoch"
+    "The history of a training; with a `run`, kept on disk together with a checkpoint an epoch."
     order = 80
     def __init__(self,
-        run=None, # `localmamba.runs.Run`, or anything with its log and save_checkpoint
-        minutes: float = 10., # from one checkpoint within an epoch to the next; 0: by steps only
-        steps: int = 0, # the same in batches; 0: by minutes only
+        run=None,  # `localmamba.runs.Run`, or anything with its log and save_checkpoint
+        minutes: float = 10.,  # from one checkpoint within an epoch to the next; 0: by steps only
+        steps: int = 0,  # the same in batches; 0: by minutes only
     ):
         self.store, self.rows, self.seconds, self.active = run, [], 0., False
         self.minutes, self.steps, self.partial, self.last_good = minutes, steps, (0., 0), 'none yet'
@@ -354,7 +147,8 @@ class Record(Callback):
     @property
     def history(self): return pd.DataFrame(self.rows)
 
-    def before_fit(self): self.active, self.began, self.kept = False, time.perf_counter() - self.seconds, time.perf_counter()
+    def before_fit(self):
+        self.active, self.began, self.kept = False, time.perf_counter() - self.seconds, time.perf_counter()
     def before_train(self):
         self.active, (self.train_sum, self.train_n), self.partial = True, self.partial, (0., 0)
         self.at_start = {'loader': loader_state(self.dls.train), 'rng_start': of_all(rng_state())}
@@ -366,7 +160,7 @@ class Record(Callback):
     def reset(self): self.correct = 0
     def judge(self, pred, target): self.correct = self.correct + (pred.argmax(-1) == target).sum()
     def scores(self): return {'top1': 100 * summed(self.correct, device=self.learn.loss.device)[0] / self.valid_n}
-    def outcome(self): # what goes into metrics.json
+    def outcome(self):  # what goes into metrics.json
         return {k: v for k, v in self.last_row.items() if k not in ('epoch', 'lr')}
 
 # %% ../nbs/lib/32_train.ipynb #18f09ce1
@@ -385,7 +179,8 @@ def after_batch(self: Record):
 @patch
 def after_epoch(self: Record):
     if not self.active: return
-    train_sum, train_n, valid_sum, self.valid_n = summed(self.train_sum, self.train_n, self.valid_sum, self.valid_n, device=self.learn.loss.device)
+    sums = self.train_sum, self.train_n, self.valid_sum, self.valid_n
+    train_sum, train_n, valid_sum, self.valid_n = summed(*sums, device=self.learn.loss.device)
     row = {'epoch': self.epoch, 'lr': self.opt.opt.param_groups[-1]['lr'],
            'train_loss': train_sum / train_n, 'valid_loss': valid_sum / self.valid_n, **self.scores()}
     self.seconds = time.perf_counter() - self.began
@@ -399,7 +194,8 @@ def after_epoch(self: Record):
     self.active = False
 
 @patch
-def due(self: Record): # in the middle of an epoch; where there are several processes the first one's clock is asked, now and then
+def due(self: Record):  # of several processes the first one's clock is asked, now and then
+    "Whether a checkpoint within the epoch is due."
     if self.store is None or not self.learn.closes or self.iter + 1 == self.n_iter: return False
     if self.steps and (self.iter + 1) % self.steps == 0: return True
     if not self.minutes or processes()[1] > 1 and (self.iter + 1) % 50: return False
@@ -416,28 +212,31 @@ def save(self: Record, whole=True):
 
 # %% ../nbs/lib/32_train.ipynb #3d71f213
 def training_state(
-    learn: Learner, # at the end of an epoch, or of a step
-    whole: bool = True, # the epoch is over
-) -> dict: # tensors, numbers, strings and containers of these
-    "All that is needed to go on as if nothing had happened"
+    learn: Learner,  # at the end of an epoch, or of a step
+    whole: bool = True,  # the epoch is over
+) -> dict:  # tensors, numbers, strings and containers of these
+    "All that is needed to go on as if nothing had happened."
     own = {cb.name: cb.state_dict() for cb in learn.cbs if hasattr(type(cb), 'state_dict')}
-    state = {'epoch': learn.epoch + whole, 'model': unwrapped(learn.model).state_dict(), 'optimizer': learn.opt.opt.state_dict(),
-             'rng': of_all(rng_state()), 'loader': loader_state(learn.dls.train), 'seconds': learn.record.seconds, 'callbacks': own}
+    state = {'epoch': learn.epoch + whole, 'model': unwrapped(learn.model).state_dict(),
+             'optimizer': learn.opt.opt.state_dict(),
+             'rng': of_all(rng_state()), 'loader': loader_state(learn.dls.train), 'seconds': learn.record.seconds,
+             'callbacks': own}
     if learn.scaler: state['scaler'] = learn.scaler.state_dict()
     if whole: return state
     record = learn.record
-    return state | record.at_start | {'batches': learn.iter + 1, 'sums': of_all((float(record.train_sum), record.train_n))}
+    return state | record.at_start | {'batches': learn.iter + 1,
+                                      'sums': of_all((float(record.train_sum), record.train_n))}
 
-def _place(state): # where a training was when it was saved
+def _place(state):  # where a training was when it was saved
     if 'batches' in state: return f'in epoch {state["epoch"]}, after {state["batches"]} batches'
     return f'after epoch {state["epoch"] - 1}'
 
 def resume(
-    learn: Learner, # freshly made by `learner`
-    state: dict, # from `training_state`
-    history: pd.DataFrame, # the epochs that are done
-) -> Learner: # the same, ready for `fit`
-    "Continue from a checkpoint"
+    learn: Learner,  # freshly made by `learner`
+    state: dict,  # from `training_state`
+    history: pd.DataFrame,  # the epochs that are done
+) -> Learner:  # the same, ready for `fit`
+    "Continue from a checkpoint."
     learn.model.load_state_dict(state['model'])
     if not learn.opt: learn.create_opt()
     learn.opt.opt.load_state_dict(state['optimizer'])
@@ -450,7 +249,8 @@ def resume(
     set_loader_state(learn.dls.train, state['loader'])
     rank, world = processes()
     if len(state['rng']) != world:
-        warnings.warn(f'the checkpoint is of {len(state["rng"])} processes and goes on with {world}: random numbers will be others')
+        warnings.warn(f'the checkpoint is of {len(state["rng"])} processes and goes on with {world}: '
+                      'random numbers will be others')
         rank = rank % len(state['rng'])
     learn.first_batch, learn.rng = state.get('batches', 0), state['rng'][rank]
     if 'sums' in state: learn.record.partial = state['sums'][rank] if len(state['sums']) == world else (0., 0)
@@ -459,7 +259,7 @@ def resume(
 
 # %% ../nbs/lib/32_train.ipynb #19fb957e
 class EpochLearner(Learner):
-    "fastai's Learner that can begin at any batch of any epoch, run its forward pass in 16 bits, and make one step of several batches"
+    "fastai's Learner that can begin at any batch, run its forward pass in 16 bits, make one step of several batches."
     first_epoch, first_batch, rng, amp, scaler, accumulate = 0, 0, None, 'none', None, 1
     def __call__(self, event_name):
         if not isinstance(event_name, str) or event_name == 'after_fit': return super().__call__(event_name)
@@ -469,9 +269,9 @@ class EpochLearner(Learner):
         if self.amp == 'none': return nullcontext()
         return torch.autocast(next(self.model.parameters()).device.type, AMP[self.amp], enabled=enabled)
     @property
-    def closes(self): # the batch ends a step
+    def closes(self):  # the batch ends a step
         return (self.iter + 1) % self.accumulate == 0 or self.iter + 1 == self.n_iter
-    def _together(self): # gradients need not be averaged before the last batch of a step
+    def _together(self):  # gradients need not be averaged before the last batch of a step
         waits = self.training and isinstance(self.model, DistributedDataParallel) and not self.closes
         return self.model.no_sync() if waits else nullcontext()
     def _do_fit(self):
@@ -479,7 +279,7 @@ class EpochLearner(Learner):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
-AMP = {'none': None, 'bf16': torch.bfloat16, 'fp16': torch.float16} # precision of the forward pass
+AMP = {'none': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}  # precision of the forward pass
 
 # %% ../nbs/lib/32_train.ipynb #14098578
 @patch
@@ -521,32 +321,34 @@ def _step(self: EpochLearner):
 
 # %% ../nbs/lib/32_train.ipynb #c9ae51a6
 def learner(
-    model: nn.Module, # images (B, C, H, W) to logits (B, classes)
-    dls, # fastai DataLoaders; batches (images, labels)
-    lr: float = 1e-3, # at the end of the warm-up
-    weight_decay: float = 0.05, # of the parameters that decay
-    rule: str = 'study', # which parameters decay, see `param_groups`
-    warmup_epochs: float = 0., # linear warm-up
-    min_lr: float = 1e-6, # at the end
-    label_smoothing: float = 0., # share of the target spread over all classes
-    grad_clip: float|None = None, # largest norm of the whole gradient
-    amp: str = 'none', # or 'bf16', 'fp16': forward pass under autocast
-    betas: tuple = (0.9, 0.999), # of AdamW
-    accumulate: int = 1, # batches that make one step
-    layer_decay: float = 1., # see `param_groups`
-    run=None, # where to keep history and checkpoints
-    checkpoint_minutes: float = 10., # from one checkpoint within an epoch to the next; 0: none by time
-    checkpoint_steps: int = 0, # the same in batches; 0: none by number
-    tensorboard=None, # folder for TensorBoard; None: none
-    label: str = '', # shown in the progress line
-    cbs=(), # further callbacks
-    schedule=None, # callback that sets the learning rate; None: `Schedule`
-    losses=None, # (training, validation) functions of prediction and target; None: cross-entropy
-    record=Record, # class: what is measured and kept
-) -> EpochLearner: # `learn.fit(epochs)` trains
-    "A fastai Learner with the recipe of the study"
+    model: nn.Module,  # images (B, C, H, W) to logits (B, classes)
+    dls,  # fastai DataLoaders; batches (images, labels)
+    lr: float = 1e-3,  # at the end of the warm-up
+    *,
+    weight_decay: float = 0.05,  # of the parameters that decay
+    rule: str = 'study',  # which parameters decay, see `param_groups`
+    warmup_epochs: float = 0.,  # linear warm-up
+    min_lr: float = 1e-6,  # at the end
+    label_smoothing: float = 0.,  # share of the target spread over all classes
+    grad_clip: float|None = None,  # largest norm of the whole gradient
+    amp: str = 'none',  # or 'bf16', 'fp16': forward pass under autocast
+    betas: tuple = (0.9, 0.999),  # of AdamW
+    accumulate: int = 1,  # batches that make one step
+    layer_decay: float = 1.,  # see `param_groups`
+    run=None,  # where to keep history and checkpoints
+    checkpoint_minutes: float = 10.,  # from one checkpoint within an epoch to the next; 0: none by time
+    checkpoint_steps: int = 0,  # the same in batches; 0: none by number
+    tensorboard=None,  # folder for TensorBoard; None: none
+    label: str = '',  # shown in the progress line
+    cbs=(),  # further callbacks
+    schedule=None,  # callback that sets the learning rate; None: `Schedule` by `cosine`
+    losses=None,  # (training, validation) functions of prediction and target; None: cross-entropy
+    record=Record,  # class: what is measured and kept
+) -> EpochLearner:  # `learn.fit(epochs)` trains
+    "A fastai Learner with the recipe of the study."
     if amp not in AMP: raise ValueError(f'amp: got {amp!r}; allowed: {", ".join(map(repr, AMP))}')
-    if not isinstance(accumulate, int) or accumulate < 1: raise ValueError(f'accumulate: got {accumulate!r}; allowed: an integer from 1')
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f'accumulate: got {accumulate!r}; allowed: an integer from 1')
     if not 0 <= label_smoothing < 1: raise ValueError(f'label_smoothing: got {label_smoothing}; allowed: 0 to below 1')
     device = torch.device(getattr(dls, 'device', None) or 'cpu')
     model.to(device)
@@ -555,8 +357,9 @@ def learner(
         groups = param_groups(model, weight_decay, rule, layer_decay)
         return OptimWrapper(opt=torch.optim.AdamW(groups, lr, betas, fused=fused))
     train_loss, valid_loss = losses or (CrossEntropy(label_smoothing), CrossEntropy())
-    own = [schedule or Schedule(lr, warmup_epochs, min_lr), LossSwitch(train_loss, valid_loss), FiniteLoss(),
-           record(run, checkpoint_minutes, checkpoint_steps), OneLine(label)]
+    own = [schedule or Schedule(cosine(lr, warmup_epochs=warmup_epochs, min_lr=min_lr)),
+           LossSwitch(train_loss, valid_loss), FiniteLoss(),
+           record(run, checkpoint_minutes, checkpoint_steps), OneLine(label, shown=processes()[0] == 0)]
     if grad_clip: own.append(GradientClip(grad_clip))
     if processes()[1] > 1: own.append(Together(device))
     if tensorboard and processes()[0] == 0: own.append(TensorBoard(tensorboard))
@@ -568,17 +371,17 @@ def learner(
 
 # %% ../nbs/lib/32_train.ipynb #1776a128
 def fit(
-    model, # a module, or a function that builds one (called after seeding)
-    dls, # fastai DataLoaders
-    epochs: int, # passes over the training set
-    lr: float = 1e-3, # at the end of the warm-up
-    seed: int = 0, # of the initial weights (when `model` is a function), dropout and the training loader
-    run=None, # `localmamba.runs.Run`: recorded there, resumed from there
-    facts: dict|None = None, # written beside the metrics, such as parameters and FLOPs
-    label: str = '', # shown in the progress line; the run's when empty
-    **options, # for `learner`
-) -> tuple: # metrics (dict), history (DataFrame)
-    "Train a model, once"
+    model,  # a module, or a function that builds one (called after seeding)
+    dls,  # fastai DataLoaders
+    epochs: int,  # passes over the training set
+    lr: float = 1e-3,  # at the end of the warm-up
+    seed: int = 0,  # of the initial weights (when `model` is a function), dropout and the training loader
+    run=None,  # `localmamba.runs.Run`: recorded there, resumed from there
+    facts: dict|None = None,  # written beside the metrics, such as parameters and FLOPs
+    label: str = '',  # shown in the progress line; the run's when empty
+    **options,  # for `learner`
+) -> tuple:  # metrics (dict), history (DataFrame)
+    "Train a model, once."
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f'epochs: got {epochs!r}; allowed: an integer from 1')
     label = label or getattr(run, 'label', '')
@@ -587,7 +390,8 @@ def fit(
         return run.metrics, run.history
     seed_everything(seed)
     if not isinstance(model, nn.Module): model = model()
-    if processes()[0]: seed_everything((seed + 1009 * processes()[0]) % 2**32) # the same weights everywhere, dropout of its own
+    if processes()[0]:
+        seed_everything((seed + 1009 * processes()[0]) % 2**32)  # the same weights everywhere, dropout of its own
     seed_loader(dls.train, seed)
     learn = learner(model, dls, lr, run=run, label=label, **options)
     learn.remove_cbs(Recorder)
@@ -604,19 +408,14 @@ def fit(
 
 # %% ../nbs/lib/32_train.ipynb #914f26bc
 class KeepWeights(Callback):
-    "Write the trained weights to a file"
+    "Write the trained weights to a file."
     order = 99
     def __init__(self,
-        path, # the file
+        path,  # the file
     ): self.path = path
     def after_fit(self):
         if processes()[0]: return
         average = getattr(self.learn, 'ema', None)
         with whole_file(self.path) as f:
-            torch.save({'model': unwrapped(self.learn.model).state_dict(), **({'ema_model': average.state_dict()} if average else {})}, f)
-
-# %% ../nbs/lib/32_train.ipynb #e9a31942
-#| eval: false
-if __name__ == '__main__' and _kernel() is None:
-    from localmamba.classify import main
-    main()
+            torch.save({'model': unwrapped(self.learn.model).state_dict(),
+                        **({'ema_model': average.state_dict()} if average else {})}, f)

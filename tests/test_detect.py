@@ -1,4 +1,4 @@
-"Detection: what the notebooks cannot show. Every row of Tables 3 and 6 counted, torchvision's own detector beside ours, damaged annotations, the experiment by papermill."
+"Detection: every row of Tables 3 and 6 counted, torchvision's detector beside ours, damaged annotations, papermill."
 import json
 import os
 import shutil
@@ -26,8 +26,11 @@ from localmamba import coco
 from localmamba.coco import CocoFolder, as_results, average_precision, coco_instances, coco_scenes, truth_as_results
 from localmamba.cost import count_flops, count_parameters
 from localmamba.data import scenes
-from localmamba.detect import (RECIPES, STAGES, Anchors, Counted, DetectionLoader, EvalTransform, TrainTransform, as_target, detector, evaluate, fit_options, head_options,
-                               load_detector, loaders, predict, recipe, restored, steps)
+from localmamba.detector import STAGES, Anchors, Counted
+from localmamba.detect import (DetectionLoader, EvalTransform, TrainTransform, as_target, detector, evaluate,
+                               fit_options, head_options,
+                               load_detector, loaders, predict, restored, steps)
+from localmamba.recipes import DETECTION, recipe
 from localmamba.models.backbone import Backbone
 from localmamba.models.weights import to_released
 from localmamba.scan import inverse_order, scan_order
@@ -54,15 +57,18 @@ def test_a_configuration_builds_the_model_of_its_row(path):
     cells = json.loads((ROOT/'nbs/coco.ipynb').read_text())['cells']
     exec(''.join(next(c['source'] for c in cells if 'parameters' in c['metadata'].get('tags', []))), declared)
     assert not set(said) - set(declared)
-    settings = recipe(said['recipe_name'])
+    settings = recipe(said['recipe_name'], DETECTION)
     fit_options(settings, 117_266)
     if not said.get('row'): return
-    expected, counted = PAPER[said['table']].params_m[said['row']], parameters(said['model'], json.dumps(said['model_options']), said['recipe_name'] == 'vitdet')
+    expected, vitdet = PAPER[said['table']].params_m[said['row']], said['recipe_name'] == 'vitdet'
+    counted = parameters(said['model'], json.dumps(said['model_options']), vitdet)
     if expected == expected: assert counted == pytest.approx(expected, abs=0.7)
 
 @lru_cache
 def parameters(model, options, vitdet):
-    with torch.device('meta'): return count_parameters(detector(model, 80, backbone=json.loads(options), **head_options(recipe('vitdet' if vitdet else '1x')))) / 1e6
+    with torch.device('meta'):
+        return count_parameters(detector(model, 80, backbone=json.loads(options),
+                                         **head_options(recipe('vitdet' if vitdet else '1x', DETECTION)))) / 1e6
 
 def test_parameters_and_flops_to_three_digits():
     assert [round(parameters(f'local_vmamba_{size}', '{}', False), 2) for size in ('tiny', 'small')] == [45.03, 69.25]
@@ -71,11 +77,13 @@ def test_parameters_and_flops_to_three_digits():
     assert round(count_flops(Counted(net), (800, 1280)) / 1e9) == 291
 
 def test_recipes_are_those_of_the_facts():
-    assert steps(recipe('3x'), 117_266)['drops'] == (27 * 7330, 33 * 7330) and steps(recipe('vitdet'), 1)['drops'] == (163_889, 177_546)
-    for name in RECIPES: assert fit_options(recipe(name), 117_266)['epochs'] > 0
-    shorter = recipe('vitdet', iterations=100)
+    assert steps(recipe('3x', DETECTION),
+                 117_266)['drops'] == (27 * 7330, 33
+                                       * 7330) and steps(recipe('vitdet', DETECTION), 1)['drops'] == (163_889, 177_546)
+    for name in DETECTION: assert fit_options(recipe(name, DETECTION), 117_266)['epochs'] > 0
+    shorter = recipe('vitdet', DETECTION, iterations=100)
     assert shorter['drops'] == (89, 96) and fit_options(shorter, 5)['epochs'] == 1
-    with pytest.raises(ValueError, match="'learning_rate'"): recipe('1x', learning_rate=1)
+    with pytest.raises(ValueError, match="'learning_rate'"): recipe('1x', DETECTION, learning_rate=1)
 
 
 # --- the detector
@@ -85,7 +93,8 @@ def sample(size, n, seed=0):
     corner = (torch.rand(n, 2, generator=g) * torch.tensor([size[1] - 24., size[0] - 24.])).round()
     boxes, masks = torch.cat([corner, corner + 20], 1), torch.zeros(n, *size, dtype=torch.uint8)
     for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist()): mask[top:bottom, left:right] = 1
-    return torch.randn(3, *size, generator=g), dict(boxes=boxes, labels=torch.randint(1, 11, (n,), generator=g), masks=masks)
+    return torch.randn(3, *size, generator=g), dict(boxes=boxes, labels=torch.randint(1, 11, (n,), generator=g),
+                                                    masks=masks)
 
 def test_losses_and_detections_are_torchvisions():
     torch.manual_seed(0)
@@ -99,13 +108,17 @@ def test_losses_and_detections_are_torchvisions():
     class Maps(torch.nn.Module):
         def forward(self, x): return net.features(x)
     heads, rpn = net.heads, net.rpn
-    theirs = GeneralizedRCNN(Maps(), RegionProposalNetwork(rpn.anchor_generator, rpn.head, 0.7, 0.3, 32, 0.5, rpn._pre_nms_top_n, rpn._post_nms_top_n, 0.7),
-                             RoIHeads(heads.box_roi_pool, heads.box_head[0], heads.box_predictor[0], 0.5, 0.5, 16, 0.25, None, 0.01, 0.5, 100,
+    theirs = GeneralizedRCNN(Maps(),
+                             RegionProposalNetwork(rpn.anchor_generator, rpn.head, 0.7, 0.3, 32, 0.5,
+                                                   rpn._pre_nms_top_n, rpn._post_nms_top_n, 0.7),
+                             RoIHeads(heads.box_roi_pool, heads.box_head[0], heads.box_predictor[0], 0.5, 0.5, 16,
+                                      0.25, None, 0.01, 0.5, 100,
                                       heads.mask_roi_pool, heads.mask_head, heads.mask_predictor), Batch())
     torch.manual_seed(1)
     ours = net(images, targets)
     torch.manual_seed(1)
-    names = {'loss_objectness': 'objectness', 'loss_rpn_box_reg': 'proposals', 'loss_classifier': 'classes', 'loss_box_reg': 'boxes', 'loss_mask': 'masks'}
+    names = {'loss_objectness': 'objectness', 'loss_rpn_box_reg': 'proposals', 'loss_classifier': 'classes',
+             'loss_box_reg': 'boxes', 'loss_mask': 'masks'}
     for name, value in theirs.train()(images, targets).items(): torch.testing.assert_close(value, ours[names[name]])
     net.eval()
     theirs.eval()
@@ -119,7 +132,8 @@ def test_anchors_are_torchvisions():
     image = ImageList(torch.zeros(1, 3, 64, 96), [(64, 96)])
     theirs = AnchorGenerator(((32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 3)(image, maps)
     torch.testing.assert_close(Anchors((4, 8, 16))(image, maps)[0], theirs[0])
-    last = Anchors((64,))(ImageList(torch.zeros(1, 3, 800, 1344), [(800, 1333)]), [torch.zeros(1, 1, 13, 21)])[0].view(13, 21, 3, 4)
+    last = Anchors((64,))(ImageList(torch.zeros(1, 3, 800, 1344), [(800, 1333)]),
+                          [torch.zeros(1, 1, 13, 21)])[0].view(13, 21, 3, 4)
     assert (last[-1, -1].view(3, 2, 2).mean(1) == torch.tensor([20 * 64., 12 * 64.])).all()
 
 def test_padding_by_hand_changes_nothing():
@@ -128,7 +142,9 @@ def test_padding_by_hand_changes_nothing():
         net, image = detector(name, **SMALL, score=0.0).eval(), torch.randn(3, 50, 70)
         padded = torch.nn.functional.pad(image, (0, -70 % net.divisor, 0, -50 % net.divisor))
         with torch.no_grad(): for_one, for_other = (net.once([x])[0][0] for x in (image, padded))
-        with torch.no_grad(): maps = [net.features(torch.nn.functional.pad(x, (0, padded.shape[2] - x.shape[2], 0, padded.shape[1] - x.shape[1]))[None]) for x in (image, padded)]
+        with torch.no_grad():
+            def room(x): return 0, padded.shape[2] - x.shape[2], 0, padded.shape[1] - x.shape[1]
+            maps = [net.features(torch.nn.functional.pad(x, room(x))[None]) for x in (image, padded)]
         for a, b in zip(*(m.values() for m in maps)): assert torch.equal(a, b)
         assert for_one['boxes'][:, 2].max() <= 70 and for_other['boxes'].shape == for_one['boxes'].shape
 
@@ -141,7 +157,8 @@ def test_alone_or_in_a_batch_and_call_after_call(cascade):
     for key in first: assert torch.equal(first[key], again[key]) and torch.equal(first[key], third[key])
 
 def unscanned(seq, order, H, W): return seq[inverse_order(order)]
-def unscanned_as_released(seq, order, H, W): return seq.view(H, W).t().flatten()  # the transposed map taken to be H by W
+def unscanned_as_released(seq, order, H, W):
+    return seq.view(H, W).t().flatten()  # the transposed map taken to be H by W
 
 def by_columns(x, unscan):
     "A scan down the columns, the simplest there is: a running sum"
@@ -159,10 +176,11 @@ def test_the_released_unscan_fails_where_ours_does_not():
     with pytest.raises(AssertionError): check_not_square(unscanned_as_released, 50, 84)
 
 def test_maps_of_a_transposed_image_are_transposed():
-    "Rows and columns swapped in image, scans and kernels: with a wrong un-scan of v this holds on no image that is not square"
+    "Rows and columns swapped in image, scans, kernels: with a wrong un-scan of v this holds on square images only"
     torch.manual_seed(0)
     kwargs = dict(scattn='none')
-    rows, columns = (timm.create_model('test_local_vmamba', directions=d, **kwargs).eval() for d in (('h', 'v', 'h_flip', 'v_flip'), ('v', 'h', 'v_flip', 'h_flip')))
+    rows, columns = (timm.create_model('test_local_vmamba', directions=d, **kwargs).eval() for d
+                     in (('h', 'v', 'h_flip', 'v_flip'), ('v', 'h', 'v_flip', 'h_flip')))
     state = {k: v.transpose(2, 3) if v.ndim == 4 else v for k, v in rows.state_dict().items()}
     for k, v in state.items():
         if k.endswith(('reduction.weight', 'downsample.norm.weight', 'downsample.norm.bias')):
@@ -181,7 +199,9 @@ def test_a_batch_without_a_single_instance_trains(cascade):
     sum(losses.values()).backward()
     assert all(v.isfinite() for v in losses.values()) and losses['masks'] == 0
 
-@pytest.mark.parametrize('name, options', [('local_vmamba', {}), ('local_vim', {}), ('resnet18', {}), ('deit_tiny_patch16_224', dict(img_size=64, dynamic_img_size=True))])
+@pytest.mark.parametrize('name, options',
+                         [('local_vmamba', {}), ('local_vim', {}), ('resnet18', {}),
+                          ('deit_tiny_patch16_224', dict(img_size=64, dynamic_img_size=True))])
 def test_bf16_and_backbones_of_any_kind(name, options):
     net = detector(f'test_{name}' if name.startswith('local') else name, backbone=options, **SMALL)
     image, target = sample((70, 90), 2)
@@ -202,7 +222,8 @@ def test_cascade_scales():
     torch.manual_seed(0)
     net = detector('test_local_vmamba', cascade=True, **SMALL)
     boxes, deltas = [torch.tensor([[2., 3., 20., 30.]])], torch.randn(1, 8)
-    torch.testing.assert_close(net.heads.coders[2].decode(deltas, boxes), net.heads.box_coder.decode(deltas * (10 / 30), boxes))
+    torch.testing.assert_close(net.heads.coders[2].decode(deltas, boxes),
+                               net.heads.box_coder.decode(deltas * (10 / 30), boxes))
 
 def test_recomputing_changes_no_gradient():
     net, (image, target), gradients = detector('test_local_vim', **SMALL), sample((48, 64), 2), []
@@ -216,22 +237,27 @@ def test_recomputing_changes_no_gradient():
 def test_released_weights_arrive_and_other_checkpoints_are_refused(tmp_path):
     source = timm.create_model('test_local_vmamba')
     net = detector('test_local_vmamba', weights=to_released(source), **SMALL)
-    assert torch.equal(net.backbone.model.layers[0].blocks[0].mixer.in_proj.weight, source.layers[0].blocks[0].mixer.in_proj.weight)
+    assert torch.equal(net.backbone.model.layers[0].blocks[0].mixer.in_proj.weight,
+                       source.layers[0].blocks[0].mixer.in_proj.weight)
     torch.save({'model': net.state_dict()}, tmp_path/'a.pt')
-    with pytest.raises(ValueError, match='does not fit this detector'): load_detector(detector('test_local_vmamba', **SMALL | dict(num_classes=9)), tmp_path/'a.pt')
+    with pytest.raises(ValueError, match='does not fit this detector'):
+        load_detector(detector('test_local_vmamba', **SMALL | dict(num_classes=9)), tmp_path/'a.pt')
     load_detector(net, tmp_path/'a.pt')
 
 def test_what_is_found_comes_back_to_the_size_of_the_image():
-    found = dict(boxes=torch.tensor([[4., 8., 12., 16.]]), labels=torch.tensor([3]), scores=torch.tensor([.9]), masks=torch.ones(1, 1, 28, 28))
+    found = dict(boxes=torch.tensor([[4., 8., 12., 16.]]), labels=torch.tensor([3]), scores=torch.tensor([.9]),
+                 masks=torch.ones(1, 1, 28, 28))
     whole = restored(found, (20, 30), (40, 90))
     np.testing.assert_allclose(whole['boxes'], [[12, 16, 36, 32]])
-    assert whole['masks'].shape == (1, 40, 90) and whole['masks'][0, 17:31, 13:35].all() and not whole['masks'][0, :14].any() and not whole['masks'][0, :, 40:].any()
+    mask, = whole['masks']
+    assert mask.shape == (40, 90) and mask[17:31, 13:35].all() and not mask[:14].any() and not mask[:, 40:].any()
 
 
 # --- files
 
 @pytest.fixture(scope='module')
-def root(tmp_path_factory): return coco_scenes(8, 6, tmp_path_factory.mktemp('scenes'), size=(64, 80), n_digits=(2, 3), digit_size=(.5, .8))
+def root(tmp_path_factory):
+    return coco_scenes(8, 6, tmp_path_factory.mktemp('scenes'), size=(64, 80), n_digits=(2, 3), digit_size=(.5, .8))
 
 @pytest.fixture
 def changed(root, tmp_path):
@@ -250,7 +276,8 @@ def test_masks_are_what_can_be_seen(root):
         assert things['masks'].sum(0).max() <= 1
 
 def test_truth_as_predictions_is_perfect(root, changed):
-    assert {v for v in average_precision(coco_instances(root), truth_as_results(coco_instances(root)))[0].values() if v is not None} == {100.}
+    assert {v for v in average_precision(coco_instances(root), truth_as_results(coco_instances(root)))[0].values()
+            if v is not None} == {100.}
     def crowd(held): held['annotations'][1]['iscrowd'] = 1
     crowded = changed(crowd)
     for said in (truth_as_results(crowded), truth_as_results(coco_instances(root, 'validation'))):
@@ -284,16 +311,24 @@ def test_crowds_empty_images_and_boxes_without_area(changed):
     crowded = changed(crowds)
     assert len(crowded.with_instances()) == 5 and not len(as_target(crowded[0][1] | dict(size=(64, 80)))['boxes'])
     empty = changed(none)
-    assert len(empty) == 6 and len(empty.with_instances()) == 5 and empty[1][1]['boxes'].shape == (0, 4) and empty[1][1]['masks'].shape == (0, 64, 80)
-    assert average_precision(empty, as_results(2, [[1, 1, 9, 9]], [1], [1.], np.ones((1, 64, 80)), empty.category_ids))[0]['AP_box'] == 0.
-    assert '2 instances of zero area left out' in repr(changed(flat)) and '1 instances of zero area' in repr(changed(outside))
+    assert len(empty) == 6 and len(empty.with_instances()) == 5
+    assert empty[1][1]['boxes'].shape == (0, 4) and empty[1][1]['masks'].shape == (0, 64, 80)
+    assert average_precision(empty,
+                             as_results(2, [[1, 1, 9, 9]], [1], [1.], np.ones((1, 64, 80)),
+                                        empty.category_ids))[0]['AP_box'] == 0.
+    assert '2 instances of zero area left out' in repr(changed(flat))
+    assert '1 instances of zero area' in repr(changed(outside))
     assert changed(over)[0][1]['boxes'][0].tolist() == [0., 5., 80., 15.]
 
 def test_missing_and_damaged_files(changed, root, tmp_path):
-    def more(held): held['images'] += [{'id': 90 + i, 'file_name': f'gone{i}.jpg', 'height': 9, 'width': 9} for i in range(7)]
-    with pytest.raises(FileNotFoundError, match='7 of 13 images are not in .*gone0.jpg, .*…; skip_missing=True'): changed(more)
-    assert '7 missing images left out' in repr(changed(more, skip_missing=True)) and len(changed(more, skip_missing=True)) == 6
-    for content, words in (('{', 'not JSON'), ('[]', 'no list "images"'), ('{"images": [{"id": 1}]}', 'without file_name, height, width')):
+    def more(held):
+        held['images'] += [{'id': 90 + i, 'file_name': f'gone{i}.jpg', 'height': 9, 'width': 9} for i in range(7)]
+    with pytest.raises(FileNotFoundError, match='7 of 13 images are not in .*gone0.jpg, .*…; skip_missing=True'):
+        changed(more)
+    left = changed(more, skip_missing=True)
+    assert '7 missing images left out' in repr(left) and len(left) == 6
+    for content, words in (('{', 'not JSON'), ('[]', 'no list "images"'),
+                           ('{"images": [{"id": 1}]}', 'without file_name, height, width')):
         (tmp_path/'b.json').write_text(content)
         with pytest.raises(ValueError, match=words): CocoFolder(root/'val2017', tmp_path/'b.json')
     with pytest.raises(FileNotFoundError, match='does not exist'): coco_instances(tmp_path)
@@ -305,8 +340,11 @@ def test_missing_and_damaged_files(changed, root, tmp_path):
     with pytest.raises(ValueError, match='corrupt image: '): list(DetectionLoader(valid, 1, 0, EvalTransform(None)))
     assert len(valid.readable()) == 5
 
-@pytest.mark.parametrize('change, words', [(lambda a: a.update(image_id=99), 'of image 99, which is not listed'), (lambda a: a.update(category_id=99), 'of category 99'),
-                                           (lambda a: a.update(bbox=[1, 2, float('nan'), 3]), 'has the box'), (lambda a: a.update(id=2), 'has the id 2 more than once'),
+@pytest.mark.parametrize('change, words',
+                         [(lambda a: a.update(image_id=99), 'of image 99, which is not listed'),
+                          (lambda a: a.update(category_id=99), 'of category 99'),
+                                           (lambda a: a.update(bbox=[1, 2, float('nan'), 3]), 'has the box'),
+                                           (lambda a: a.update(id=2), 'has the id 2 more than once'),
                                            (lambda a: a.pop('bbox'), 'without bbox')])
 def test_annotations_that_make_no_sense(changed, change, words):
     with pytest.raises(ValueError, match=words): changed(lambda held: change(held['annotations'][0]))
@@ -319,7 +357,8 @@ def test_a_killed_renderer_leaves_no_half_set(tmp_path, monkeypatch):
     monkeypatch.setattr(coco, 'scenes', stopped)
     child = os.fork()
     if not child: coco_scenes(8, 2, tmp_path)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL and not list(tmp_path.glob('scenes*')) and list(tmp_path.glob('.partial*'))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not list(tmp_path.glob('scenes*')) and list(tmp_path.glob('.partial*'))
     monkeypatch.undo()
     assert len(coco_instances(coco_scenes(8, 2, tmp_path))) == 8
 
@@ -329,7 +368,8 @@ def test_small_and_large_masks_are_told_by_their_own_area(root):
         categories, name, label = [{'id': 1, 'name': 'line'}], 'one', {1: 1}
         mask = np.eye(64, 80, dtype=np.uint8)
         entries = [({'id': 1, 'file_name': '', 'height': 64, 'width': 80},
-                    [{'id': 1, 'image_id': 1, 'category_id': 1, 'bbox': [0, 0, 64, 64], 'area': 64., 'segmentation': rle.encode(np.asfortranarray(mask))}])]
+                    [{'id': 1, 'image_id': 1, 'category_id': 1, 'bbox': [0, 0, 64, 64], 'area': 64.,
+                      'segmentation': rle.encode(np.asfortranarray(mask))}])]
     said = as_results(1, [[0, 0, 64, 64]] * 2, [1, 1], [.9, .8], [One.mask, np.zeros_like(One.mask)], [1])
     scores, _ = average_precision(One, said)
     assert scores['APs_mask'] == 100. and scores['APm_mask'] is None
@@ -339,7 +379,8 @@ def test_results_are_json_of_cocos_form(root):
     net = detector('test_local_vmamba', **SMALL, score=0.0).eval()
     results, seconds = evaluate(net, valid.take([0]), limits=None)
     assert seconds > 0 and json.loads(json.dumps(results)) == results
-    assert set(results[0]) == {'image_id', 'category_id', 'score', 'bbox', 'segmentation'} and rle.decode(results[0]['segmentation']).shape == (64, 80)
+    assert set(results[0]) == {'image_id', 'category_id', 'score', 'bbox',
+                               'segmentation'} and rle.decode(results[0]['segmentation']).shape == (64, 80)
     average_precision(valid.take([0]), results)
     with pytest.raises(ValueError, match='are not in'): average_precision(valid.take([1]), results)
     with pytest.raises(ValueError, match='training mode'): predict(net.train(), valid[0][0], None)
@@ -348,11 +389,13 @@ def test_results_are_json_of_cocos_form(root):
 # --- samples
 
 def test_samples_are_the_same_whoever_makes_them(root):
-    train, settings = coco_instances(root), recipe('scenes', iterations=6, batch_size=4) | dict(every=3, mirror=0.5, augment='jitter', limits=(96, 96))
+    train, settings = coco_instances(root), recipe('scenes', DETECTION, iterations=6, batch_size=4)
+    settings |= dict(every=3, mirror=0.5, augment='jitter', limits=(96, 96))
     def passes(n, start=0, **kwargs):
         loader = loaders(train, train, settings, seed=5, device='cpu', **kwargs).train
         loader.load_state_dict(dict(seed=5, epoch=start))
-        return [(torch.cat([x.flatten() for x in images]), torch.cat([t['boxes'] for t in targets])) for _ in range(n) for images, targets, _ in loader]
+        return [(torch.cat([x.flatten() for x in images]), torch.cat([t['boxes'] for t in targets])) for _
+                in range(n) for images, targets, _ in loader]
     whole = passes(2)
     for other in (passes(1) + passes(1, 1), passes(2, workers=1)):
         for a, b in zip(whole, other, strict=True): assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
@@ -363,25 +406,30 @@ def test_samples_are_the_same_whoever_makes_them(root):
     assert torch.equal(whole[0][1].sort(0)[0], torch.cat([h[0][1] for h in halves]).sort(0)[0])
 
 def test_a_crop_without_instances_is_a_sample():
-    things = dict(boxes=np.array([[0, 0, 4, 4]], np.float32), labels=np.array([1]), masks=np.zeros((1, 300, 300), np.uint8), crowd=np.array([False]), image_id=1)
+    things = dict(boxes=np.array([[0, 0, 4, 4]], np.float32), labels=np.array([1]),
+                  masks=np.zeros((1, 300, 300), np.uint8), crowd=np.array([False]), image_id=1)
     things['masks'][0, :4, :4] = 1
-    targets = [TrainTransform('jitter', (32, 32))(np.zeros((300, 300, 3), np.uint8), things, np.random.default_rng(i))[1] for i in range(20)]
+    targets = [TrainTransform('jitter', (32, 32))(np.zeros((300, 300, 3), np.uint8), things,
+                                                  np.random.default_rng(i))[1] for i in range(20)]
     assert any(len(t['boxes']) == 0 for t in targets) and all(t['masks'].shape[1:].numel() <= 32 * 32 for t in targets)
 
 def test_wrong_words():
     with pytest.raises(ValueError, match="augment='crop'"): TrainTransform('crop')
     with pytest.raises(ValueError, match='num_classes=0'): detector('test_local_vim', 0)
-    with pytest.raises(ValueError, match='recipe=.paper'): recipe('paper')
+    with pytest.raises(ValueError, match="recipe: got 'paper'"): recipe('paper', DETECTION)
 
 
 # --- the experiment
 
-TINY = ['-p', 'n_train', '8', '-p', 'n_valid', '4', '-p', 'iterations', '4', '-p', 'every', '2', '-p', 'batch_size', '2', '-p', 'channels', '8', '-p', 'width', '16',
+TINY = ['-p', 'n_train', '8', '-p', 'n_valid', '4', '-p', 'iterations', '4', '-p', 'every', '2', '-p', 'batch_size',
+        '2', '-p', 'channels', '8', '-p', 'width', '16',
         '-p', 'model', 'test_local_vmamba', '-y', 'model_options: {}', '-p', 'panels', '2']
 
 def papermill(folder, *args):
-    command = [sys.executable, '-m', 'papermill', ROOT/'nbs/coco.ipynb', folder/'out.ipynb', '--cwd', folder, '--no-progress-bar', *args]
-    return subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    command = [sys.executable, '-m', 'papermill', ROOT/'nbs/coco.ipynb', folder/'out.ipynb', '--cwd', folder,
+               '--no-progress-bar', *args]
+    return subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)})
 
 def test_experiment_trains_then_evaluates_the_checkpoint_elsewhere(tmp_path):
     (tmp_path/'settings.ini').touch()
@@ -390,14 +438,19 @@ def test_experiment_trains_then_evaluates_the_checkpoint_elsewhere(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:]
     results = tmp_path/'results/coco/scenes'
     run, = (results/'runs').iterdir()
-    assert {f.name for f in run.iterdir()} == {'params.json', 'env.json', 'history.csv', 'metrics.json', 'weights.pt', 'results.json', 'precision_recall.csv', 'speed.csv'}
+    assert {f.name for f in run.iterdir()} == {'params.json', 'env.json', 'history.csv', 'metrics.json', 'weights.pt',
+                                               'results.json', 'precision_recall.csv', 'speed.csv'}
     history, table = pd.read_csv(run/'history.csv'), pd.read_csv(results/'table.csv')
     assert len(history) == 2 and {'train_objectness', 'valid_masks', 'AP_box', 'APs_mask'} <= set(history)
-    assert np.allclose(history.train_loss, history[[f'train_{k}' for k in ('objectness', 'proposals', 'classes', 'boxes', 'masks')]].sum(axis=1))
+    assert np.allclose(history.train_loss,
+                       history[[f'train_{k}' for k in ('objectness', 'proposals', 'classes', 'boxes',
+                                                       'masks')]].sum(axis=1))
     assert table.AP_box.notna().all() and table.seconds_an_image[0] > 0 and table.steps[0] == 4
-    assert all((results/f'{name}.png').stat().st_size > 5000 for name in ('curves', 'losses', 'predictions', 'precision_recall'))
+    assert all((results/f'{name}.png').stat().st_size > 5000 for name
+               in ('curves', 'losses', 'predictions', 'precision_recall'))
     rendered, = (tmp_path/'data').glob('scenes_coco-*')
-    done = papermill(tmp_path, *TINY, '-p', 'checkpoint', run/'weights.pt', '-p', 'data_dir', rendered, '-p', 'row', 'LocalVMamba-T', '-p', 'table', '1x')
+    done = papermill(tmp_path, *TINY, '-p', 'checkpoint', run/'weights.pt', '-p', 'data_dir', rendered, '-p', 'row',
+                     'LocalVMamba-T', '-p', 'table', '1x')
     assert done.returncode == 0, done.stdout[-4000:]
     judged = pd.read_csv(tmp_path/'results/coco/coco/table.csv')
     assert judged.paper_AP_box.tolist() == [46.7] and judged.AP_box[0] == pytest.approx(table.AP_box[0], abs=1e-3)

@@ -1,4 +1,4 @@
-"""Training under recipes: interruptions within an epoch, several processes, checkpoints of all kinds, photographs, the command line."""
+"""Training by recipes: stops within an epoch, several processes, checkpoints, photographs, the command line."""
 import os, subprocess, sys
 from pathlib import Path
 
@@ -13,12 +13,15 @@ from fastai.data.core import DataLoaders
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from localmamba.classify import ASIDE, SETTINGS, chosen_recipe, classifier, evaluate, image_loaders, image_sets, main, run_of, settings, train
+from localmamba.classify import (ASIDE, SETTINGS, chosen_recipe, classifier, evaluate, image_loaders, image_sets,
+                                 run_of, settings, train)
 from localmamba.models.weights import load_weights, to_released
 from localmamba.photos import eval_transform, photo_folder, photo_loaders, train_transform
-from localmamba.recipe import EMA, Mix, RECIPES, TopRecord, fit_options, recipe
+from localmamba.recipes import EMA, Mix, RECIPES, TopRecord, fit_options, recipe
 from localmamba.runs import Run
-from localmamba.train import NonFiniteLoss, fit, learner, param_groups, seed_everything
+from localmamba.launch import main
+from localmamba.optim import param_groups
+from localmamba.train import NonFiniteLoss, fit, learner, seed_everything
 from test_train import Batches, Stop, data, digits, fastais, global_torchs, mlp, ours, same, torchs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +57,9 @@ def test_a_checkpoint_within_an_epoch_leaves_no_trace(tmp_path, photographs, whi
     model = {'digits': lambda: mlp(3*16*16, 10), 'photographs': lambda: mlp(3*16*16, 2)}.get(which, mlp)
     classes = {'digits': 10, 'photographs': 2}.get(which, 4)
     def run(name): return Run('exp', 'data', {}, name, tmp_path)
-    def go(name, *stop): return fit(model, dls(), run=run(name), cbs=[Mix(classes, cutmix=0.), EMA(0.9), *stop], checkpoint_steps=1, accumulate=1, **FULL)
+    def go(name, *stop):
+        return fit(model, dls(), run=run(name), cbs=[Mix(classes, cutmix=0.), EMA(0.9), *stop], checkpoint_steps=1,
+                   accumulate=1, **FULL)
     straight = go('straight')
     n = len(dls().train)
     for at in ((0, 2), (1, n - 1), (2, 1)):
@@ -68,9 +73,11 @@ def test_accumulated_and_scaled_steps_survive_too(tmp_path):
     for options in (dict(accumulate=3), dict(amp='fp16'), dict(amp='bf16', accumulate=2)):
         def run(name): return Run('exp', 'data', {k: str(v) for k, v in options.items()}, name, tmp_path)
         straight = fit(mlp, ours(), run=run('straight'), checkpoint_steps=1, **FULL, **options)
-        with pytest.raises(KeyboardInterrupt): fit(mlp, ours(), run=run('cut'), cbs=[Stop(1, 3)], checkpoint_steps=1, **FULL, **options)
+        with pytest.raises(KeyboardInterrupt):
+            fit(mlp, ours(), run=run('cut'), cbs=[Stop(1, 3)], checkpoint_steps=1, **FULL, **options)
         state = run('cut').load_checkpoint()
-        assert (state['epoch'], state['batches']) == (1, {3: 3, 2: 2}.get(options.get('accumulate'), 3)) and ('scaler' in state) == (options.get('amp') == 'fp16')
+        assert (state['epoch'], state['batches']) == (1, 2 if options.get('accumulate') == 2 else 3)
+        assert ('scaler' in state) == (options.get('amp') == 'fp16')
         assert same(straight, fit(mlp, ours(), run=run('cut'), checkpoint_steps=1, **FULL, **options)), options
 
 
@@ -89,7 +96,8 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(tmp_path):
     with pytest.raises(KeyboardInterrupt): fit(mlp, ours(), run=run, cbs=[Stop(1, 3)], checkpoint_steps=1, **FULL)
     whole = run.checkpoint_path.read_bytes()
     run.checkpoint_path.write_bytes(whole[:len(whole) // 2])
-    with pytest.warns(UserWarning, match='going back to the one before'): assert same(straight, fit(mlp, ours(), run=run, checkpoint_steps=1, **FULL))
+    with pytest.warns(UserWarning, match='going back to the one before'):
+        assert same(straight, fit(mlp, ours(), run=run, checkpoint_steps=1, **FULL))
 
 
 KILLED = '''
@@ -112,7 +120,8 @@ def full(self, state, whole=Run.save_checkpoint):
             raise OSError(28, 'No space left on device')
     whole(self, state)
 
-def go(name, *cbs): fit(mlp, ours(), run=Run('exp', 'data', {{}}, name, sys.argv[1]), cbs=cbs, checkpoint_steps=1, **FULL)
+def go(name, *cbs):
+    fit(mlp, ours(), run=Run('exp', 'data', {{}}, name, sys.argv[1]), cbs=cbs, checkpoint_steps=1, **FULL)
 for what in ('kill', 'full', None):
     child = os.fork()
     if child == 0:
@@ -138,8 +147,10 @@ def test_nan_names_the_files_of_the_batch(photographs):
     class Poison(Callback):
         def before_batch(self):
             if self.training and self.iter == 1: self.learn.xb = (self.xb[0] * float('nan'),)
-    with pytest.raises(NonFiniteLoss, match=r'step 1 .*the batch: .*/train/n0\d/\d.JPEG, '): fit(lambda: mlp(3*16*16, 2), photos(photographs), cbs=[Poison()], **FULL)
-    with pytest.raises(NonFiniteLoss, match='the batch: digits, train: image .* and 24 more'): fit(lambda: mlp(3*16*16, 10), digits(), cbs=[Poison()], **FULL)
+    with pytest.raises(NonFiniteLoss, match=r'step 1 .*the batch: .*/train/n0\d/\d.JPEG, '):
+        fit(lambda: mlp(3*16*16, 2), photos(photographs), cbs=[Poison()], **FULL)
+    with pytest.raises(NonFiniteLoss, match='the batch: digits, train: image .* and 24 more'):
+        fit(lambda: mlp(3*16*16, 10), digits(), cbs=[Poison()], **FULL)
 
 
 # the recipe
@@ -149,7 +160,8 @@ def test_accumulated_steps_equal_a_larger_batch():
         x, y = data()
         seed_everything(0)
         model = nn.Linear(16, 4)
-        fit(model, DataLoaders(Batches(x[:128], y[:128], bs, seed=0), Batches(x[128:], y[128:], 32)), 2, lr=1e-2, accumulate=accumulate, warmup_epochs=1, seed=3)
+        fit(model, DataLoaders(Batches(x[:128], y[:128], bs, seed=0), Batches(x[128:], y[128:], 32)), 2, lr=1e-2,
+            accumulate=accumulate, warmup_epochs=1, seed=3)
         return model.weight.detach()
     torch.testing.assert_close(last(8, 4), last(32, 1))
 
@@ -161,7 +173,8 @@ def test_accumulation_at_the_end_of_an_epoch_counts_what_is_left():
         def before_step(self): seen.append((self.iter, self.model.weight.grad.clone()))
     x, y = data()
     model = nn.Linear(16, 4)
-    fit(model, DataLoaders(Batches(x[:128], y[:128], 32), Batches(x[128:], y[128:], 32)), 1, lr=0., min_lr=0., weight_decay=0., accumulate=3, cbs=[Spy()])
+    fit(model, DataLoaders(Batches(x[:128], y[:128], 32), Batches(x[128:], y[128:], 32)), 1, lr=0., min_lr=0.,
+        weight_decay=0., accumulate=3, cbs=[Spy()])
     assert [i for i, _ in seen] == [2, 3]
     for part, (_, grad) in zip((slice(0, 96), slice(96, 128)), seen):
         expected, = torch.autograd.grad(nn.functional.cross_entropy(model(x[part]), y[part]), model.weight)
@@ -170,11 +183,13 @@ def test_accumulation_at_the_end_of_an_epoch_counts_what_is_left():
 
 @pytest.mark.parametrize('name', RECIPES)
 def test_every_recipe_trains(name):
-    r = recipe(name, epochs=2, warmup_epochs=1., cooldown_epochs=min(1, RECIPES[name]['cooldown_epochs']), layer_decay=1.)
+    r = recipe(name, epochs=2, warmup_epochs=1., cooldown_epochs=min(1, RECIPES[name]['cooldown_epochs']),
+               layer_decay=1.)
     options = fit_options(r | dict(cutmix=0.), 4)
     metrics, history = fit(mlp, ours(), **options)
     assert len(history) == 2 and np.isfinite(metrics['train_loss']) and {'top1', 'top5'} <= set(metrics)
-    assert [type(cb) for cb in options['cbs']] == [c for c, on in ((Mix, r['mixup'] or r['cutmix']), (EMA, r['ema'])) if on]
+    assert [type(cb) for cb in options['cbs']] == [c for c, on in ((Mix, r['mixup'] or r['cutmix']), (EMA, r['ema']))
+                                                   if on]
 
 
 def test_schedules_change_when_published_ones_do():
@@ -187,7 +202,8 @@ def test_schedules_change_when_published_ones_do():
         fit(mlp, ours(), **{**options, 'cbs': [Spy()]})
         return np.array(seen).reshape(6, 4)
     release, vim = rates('release'), rates('vim', cooldown_epochs=1)
-    assert (np.ptp(release[:2], axis=1) == 0).all() and (np.ptp(release[2:], axis=1) > 0).all() and release[2, 0] == 1e-3
+    assert (np.ptp(release[:2], axis=1)
+            == 0).all() and (np.ptp(release[2:], axis=1) > 0).all() and release[2, 0] == 1e-3
     assert (np.ptp(vim, axis=1) == 0).all() and vim[0, 0] == 1e-6 and vim[5, 0] == pytest.approx(1e-5)
     assert vim[2, 0] == pytest.approx(1e-5 + (1e-3 - 1e-5) * (1 + np.cos(np.pi * 2 / 5)) / 2)
 
@@ -213,9 +229,10 @@ torch.set_num_threads(1)
 from fastai.data.core import DataLoaders
 from torch import distributed, nn
 from localmamba.data import digit_scenes, loaders
-from localmamba.recipe import EMA, TopRecord
+from localmamba.recipes import EMA, TopRecord
 from localmamba.runs import Run
-from localmamba.train import Callback, fit, processes, unwrapped
+from localmamba.processes import processes, unwrapped
+from localmamba.train import Callback, fit
 from test_train import Stop
 
 def problem():
@@ -232,7 +249,8 @@ def go(name, *cbs, **options):
     spy = Gradients()
     spy.seen = []
     root = sys.argv[1]
-    out = fit(lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 16), nn.GELU(), nn.Linear(16, 10)), problem(), 2, lr=1e-2, seed=4, record=TopRecord,
+    def net(): return nn.Sequential(nn.Flatten(), nn.Linear(768, 16), nn.GELU(), nn.Linear(16, 10))
+    out = fit(net, problem(), 2, lr=1e-2, seed=4, record=TopRecord,
               run=Run('exp', 'data', {{}}, name, root), cbs=[EMA(0.9), spy, *cbs], checkpoint_steps=1, **options)
     return spy.seen, out
 
@@ -247,7 +265,9 @@ if several:
     distributed.barrier()
     _, again = go('cut')
     if processes()[0] == 0: torch.save(again[0] | {{'seconds': 0}}, sys.argv[1] + '/again.pt')
-if processes()[0] == 0: torch.save({{'gradients': seen, 'accumulated': accumulated, 'metrics': out[0] | {{'seconds': 0}}, 'history': out[1].to_dict('list')}}, f'{{sys.argv[1]}}/{{who}}.pt')
+if processes()[0] == 0:
+    torch.save({{'gradients': seen, 'accumulated': accumulated, 'metrics': out[0] | {{'seconds': 0}},
+                'history': out[1].to_dict('list')}}, f'{{sys.argv[1]}}/{{who}}.pt')
 if several: distributed.destroy_process_group()
 '''
 
@@ -255,7 +275,8 @@ if several: distributed.destroy_process_group()
 def test_two_processes_equal_one(tmp_path):
     script, env = tmp_path/'together.py', {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     script.write_text(TOGETHER.format(tests=str(ROOT/'tests')))
-    for command in ([sys.executable, '-W', 'ignore'], [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']):
+    for command in ([sys.executable, '-W', 'ignore'],
+                    [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']):
         said = subprocess.run([*command, str(script), str(tmp_path)], env=env, capture_output=True, text=True)
         assert said.returncode == 0, said.stderr[-3000:]
     one, two = (torch.load(tmp_path/f'{n}.pt', weights_only=False) for n in ('one', 'two'))
@@ -269,7 +290,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_loaders_that_cannot_be_shared_are_refused():
-    from localmamba.train import Together
+    from localmamba.processes import Together
     learn = learner(mlp(), ours())
     together = Together('cpu')
     together.learn = learn
@@ -279,14 +300,18 @@ def test_loaders_that_cannot_be_shared_are_refused():
 def test_the_command_line_trains_and_leaves_the_record_of_the_notebook(tmp_path):
     config = tmp_path/'tiny.yaml'
     config.write_text(yaml.safe_dump(dict(n_train=64, n_valid=20, model='test_local_vim', model_options={}, epochs=1)))
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'localmamba.train', '--config', str(config),
-               '--root', str(tmp_path), '--device', 'cpu', 'seed=3', 'recipe_options={batch_size: 16}']
-    said = subprocess.run(command, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+               '-m', 'localmamba.launch', str(ROOT/'nbs/imagenet.ipynb'), '-f', str(config),
+               '--device', 'cpu', '-p', 'seed', '3', '-p', 'recipe_options', '{batch_size: 16}']
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg'}
+    said = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr[-3000:]
-    s = settings(n_train=64, n_valid=20, model='test_local_vim', model_options={}, epochs=1, seed=3, recipe_options={'batch_size': 16})
+    s = settings(n_train=64, n_valid=20, model='test_local_vim', model_options={}, epochs=1, seed=3,
+                 recipe_options={'batch_size': 16})
     run = run_of(s, tmp_path)
-    assert run.finished and (run.dir/'weights.pt').exists() and run.name in said.stdout
-    with pytest.raises(ValueError, match='unknown sede; allowed: dataset'): main(['sede=3'])
+    assert run.finished and (run.dir/'weights.pt').exists()
+    with pytest.raises(ValueError, match="unknown parameter 'sede'"):
+        main([str(ROOT/'nbs/imagenet.ipynb'), '-p', 'sede', '3'])
 
 
 def test_tensorboard_if_asked(tmp_path):
@@ -302,7 +327,8 @@ def test_tensorboard_if_asked(tmp_path):
 # photographs
 
 def test_photographs_of_224_pixels_from_end_to_end(photographs, tmp_path):
-    s = settings(dataset='folder', data_dir=str(photographs), n_train=0, n_valid=0, size=224, model='local_vim_nano', recipe_name='paper',
+    s = settings(dataset='folder', data_dir=str(photographs), n_train=0, n_valid=0, size=224, model='local_vim_nano',
+                 recipe_name='paper',
                  model_options={'patch_size': 32, 'embed_dim': 16, 'depth': 1, 'rope_pretrained_grid': 7},
                  epochs=1, recipe_options={'batch_size': 4, 'warmup_epochs': 0.})
     run = train(s, tmp_path, 'cpu')
@@ -311,7 +337,8 @@ def test_photographs_of_224_pixels_from_end_to_end(photographs, tmp_path):
     again = s | dict(epochs=0, checkpoint=str(run.dir/'weights.pt'))
     train_set, valid = image_sets(again)
     said = evaluate(classifier(again, 2), image_loaders(again, train_set, valid, 'cpu').valid, 2)
-    assert train_set is None and said['images'] == 8 and said['top1'] == run.metrics['top1'] and said['confusion'].sum() == 8
+    assert train_set is None and said['images'] == 8 and said['confusion'].sum() == 8
+    assert said['top1'] == run.metrics['top1']
 
 
 def test_the_notebook_trains_and_evaluates_on_a_folder(photographs, tmp_path, monkeypatch):
@@ -321,11 +348,14 @@ def test_the_notebook_trains_and_evaluates_on_a_folder(photographs, tmp_path, mo
     shutil.copytree(ROOT/'results/paper', tmp_path/'results/paper')
     shutil.copy(ROOT/'settings.ini', tmp_path)
     monkeypatch.chdir(tmp_path)
-    told = dict(data_dir=str(photographs), n_train=0, n_valid=0, model='test_local_vim', model_options={}, recipe_name='paper',
+    told = dict(data_dir=str(photographs), n_train=0, n_valid=0, model='test_local_vim', model_options={},
+                recipe_name='paper',
                 recipe_options={'batch_size': 4, 'warmup_epochs': 0., 'epochs': 1})
     text, trained = execute('imagenet', monkeypatch, **told)
     run = trained['run']
-    assert run.finished and {f.name for f in run.dir.iterdir()} == {'params.json', 'env.json', 'history.csv', 'metrics.json', 'weights.pt', 'confusion.csv'}
+    assert run.finished and {f.name for f
+                             in run.dir.iterdir()} == {'params.json', 'env.json', 'history.csv', 'metrics.json',
+                                                       'weights.pt', 'confusion.csv'}
     text, judged = execute('imagenet', monkeypatch, **told, checkpoint=str(run.dir/'weights.pt'), epochs=0)
     table = pd.read_csv(tmp_path/'results/imagenet/photographs/table.csv')
     assert sorted(table.epochs_done) == [0, 1] and table.top1.nunique() == 1 and judged['run'].metrics['images'] == 8
@@ -339,16 +369,20 @@ def test_a_corrupt_photograph(photographs, tmp_path, skip):
     home = tmp_path/'photographs'
     shutil.copytree(photographs, home)
     (home/'train/n01/2.JPEG').write_bytes((home/'train/n01/2.JPEG').read_bytes()[:700])
-    s = settings(dataset='folder', data_dir=str(home), n_train=0, n_valid=0, model='test_local_vim', model_options={}, recipe_name='paper', epochs=1, skip_corrupt=skip,
+    s = settings(dataset='folder', data_dir=str(home), n_train=0, n_valid=0, model='test_local_vim', model_options={},
+                 recipe_name='paper', epochs=1, skip_corrupt=skip,
                  recipe_options={'batch_size': 4, 'warmup_epochs': 0.})
     if skip: assert train(s, tmp_path, 'cpu').finished
     else:
-        with pytest.raises(ValueError, match='corrupt image: .*n01/2.JPEG .*skip_corrupt=True'): train(s, tmp_path, 'cpu')
+        with pytest.raises(ValueError, match='corrupt image: .*n01/2.JPEG .*skip_corrupt=True'):
+            train(s, tmp_path, 'cpu')
 
 
 def test_wrong_folders(tmp_path, photographs):
-    with pytest.raises(ValueError, match=r'has no folder train/\nexpected layout'): photo_folder(photographs/'train', 'train')
-    with pytest.raises(FileNotFoundError, match='is not a folder\nexpected layout'): photo_folder(photographs/'nothing', 'train')
+    with pytest.raises(ValueError, match=r'has no folder train/\nexpected layout'):
+        photo_folder(photographs/'train', 'train')
+    with pytest.raises(FileNotFoundError, match='is not a folder\nexpected layout'):
+        photo_folder(photographs/'nothing', 'train')
     (tmp_path/'train').mkdir()
     with pytest.raises(ValueError, match='no images under'): photo_folder(tmp_path, 'train')
     with pytest.raises(ValueError, match="data_dir: needed"): image_sets(settings(dataset='folder'))
@@ -359,14 +393,19 @@ def test_wrong_folders(tmp_path, photographs):
 # checkpoints
 
 def test_what_the_authors_released_is_named():
-    for name, file in (('local_vim_tiny', 'local_vim_tiny'), ('local_vim_tiny_midcls', 'local_vim_tiny_middle_cls_token'), ('local_vmamba_small', 'local_vssm_small')):
+    for name, file in (('local_vim_tiny', 'local_vim_tiny'),
+                       ('local_vim_tiny_midcls', 'local_vim_tiny_middle_cls_token'),
+                       ('local_vmamba_small', 'local_vssm_small')):
         for full in (name, f'{name}.hunto_in1k'):
-            assert timm.get_pretrained_cfg(full).url == f'https://github.com/hunto/LocalMamba/releases/download/v1.0.0/{file}.ckpt'
+            home = 'https://github.com/hunto/LocalMamba/releases/download/v1.0.0'
+            assert timm.get_pretrained_cfg(full).url == f'{home}/{file}.ckpt'
     for name in ('local_vim_small', 'local_vmamba_tiny', 'local_vim_tiny_unsearched'):
         with pytest.raises(RuntimeError, match='No pretrained weights'): timm.create_model(name, pretrained=True)
 
 
-@pytest.mark.parametrize('name, options', [('test_local_vim', {}), ('test_local_vim', dict(readout='mid_cls', rope=False)), ('test_local_vmamba', {})])
+@pytest.mark.parametrize('name, options',
+                         [('test_local_vim', {}), ('test_local_vim', dict(readout='mid_cls', rope=False)),
+                          ('test_local_vmamba', {})])
 def test_timm_loads_a_released_file(tmp_path, name, options):
     model = timm.create_model(name, **options)
     torch.save({'state_dict': to_released(model)}, tmp_path/'file.ckpt')
@@ -374,26 +413,34 @@ def test_timm_loads_a_released_file(tmp_path, name, options):
     for a, b in zip(model.state_dict().items(), timm.create_model(name, **told).state_dict().items(), strict=True):
         assert a[0] == b[0] and torch.equal(a[1], b[1])
     other = timm.create_model(name, num_classes=7, **told)
-    assert other.head.weight.shape[0] == 7 and torch.equal(next(iter(other.layers.parameters())), next(iter(model.layers.parameters())))
+    assert other.head.weight.shape[0] == 7
+    assert torch.equal(next(iter(other.layers.parameters())), next(iter(model.layers.parameters())))
 
 
 def test_checkpoints_of_other_models_are_refused(tmp_path):
     mine = timm.create_model('test_local_vim')
     torch.save({'model': mine.state_dict()}, tmp_path/'mine.pt')
     load_weights(timm.create_model('test_local_vim'), tmp_path/'mine.pt')
-    with pytest.raises(RuntimeError, match='the weights belong to directions h, h_flip, w2, w2_flip; the model has v, v_flip'):
+    with pytest.raises(RuntimeError,
+                       match='the weights belong to directions h, h_flip, w2, w2_flip; the model has v, v_flip'):
         load_weights(timm.create_model('test_local_vim', directions=('v', 'v_flip', 'h', 'h_flip')), tmp_path/'mine.pt')
-    with pytest.raises(ValueError, match=r'of another shape .*instead of \(1, 64, 24\)'): load_weights(timm.create_model('test_local_vim', embed_dim=24), tmp_path/'mine.pt')
-    with pytest.raises(ValueError, match='does not fit this LocalVMamba:\n- missing'): load_weights(timm.create_model('test_local_vmamba'), tmp_path/'mine.pt')
-    with pytest.raises(ValueError, match='does not fit this VisionTransformer:\n- missing'): load_weights(timm.create_model('test_vit', num_classes=10), tmp_path/'mine.pt')
-    with pytest.raises(ValueError, match='head.weight .10, 16. instead of .7, 16.'): load_weights(timm.create_model('test_local_vim', num_classes=7), tmp_path/'mine.pt')
-    tuned = load_weights(timm.create_model('test_local_vim', num_classes=7, img_size=48), tmp_path/'mine.pt', new_head=True)
+    with pytest.raises(ValueError, match=r'of another shape .*instead of \(1, 64, 24\)'):
+        load_weights(timm.create_model('test_local_vim', embed_dim=24), tmp_path/'mine.pt')
+    with pytest.raises(ValueError, match='does not fit this LocalVMamba: missing'):
+        load_weights(timm.create_model('test_local_vmamba'), tmp_path/'mine.pt')
+    with pytest.raises(ValueError, match='does not fit this VisionTransformer: missing'):
+        load_weights(timm.create_model('test_vit', num_classes=10), tmp_path/'mine.pt')
+    with pytest.raises(ValueError, match='head.weight .10, 16. instead of .7, 16.'):
+        load_weights(timm.create_model('test_local_vim', num_classes=7), tmp_path/'mine.pt')
+    tuned = load_weights(timm.create_model('test_local_vim', num_classes=7, img_size=48), tmp_path/'mine.pt',
+                         new_head=True)
     assert tuned.head.weight.shape[0] == 7 and tuned.pos_embed.shape[1] == 144
 
 
 def test_the_notebook_and_the_module_have_the_same_settings():
     import ast, nbformat
-    cell = next(c for c in nbformat.read(ROOT/'nbs/imagenet.ipynb', 4).cells if 'parameters' in c.metadata.get('tags', []))
+    cell = next(c for c in nbformat.read(ROOT/'nbs/imagenet.ipynb', 4).cells if 'parameters'
+                in c.metadata.get('tags', []))
     said = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body}
     assert said == SETTINGS | ASIDE and list(said) == list(SETTINGS | ASIDE)
 
@@ -406,6 +453,8 @@ def test_configurations_build_the_row_they_name(path):
     s = settings(**yaml.safe_load(path.read_text()))
     paper = pd.read_csv(ROOT/'results/paper/imagenet.csv').drop_duplicates('method').set_index('method')
     with torch.device('meta'): model = classifier(s | dict(pretrained=False), 1000 if s['dataset'] == 'folder' else 10)
-    if s['row']: assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(paper.params_m[s['row'].split(',')[0]], abs=0.9)
+    if s['row']:
+        assert sum(p.numel() for p
+                   in model.parameters()) / 1e6 == pytest.approx(paper.params_m[s['row'].split(',')[0]], abs=0.9)
     else: assert s['dataset'] == 'cifar10'
     assert chosen_recipe(s)

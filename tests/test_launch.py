@@ -27,13 +27,16 @@ def project(folder):
 def test_two_processes_train_what_a_notebook_describes(tmp_path, name, words):
     folder = project(tmp_path/'project')
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg'}
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'localmamba.launch', f'nbs/{name}.ipynb']
-    for key, value in (parameters(words) | {'batch_size': 4}).items(): command += ['-p', key, json.dumps(value)] # batch norm needs two images a process
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m',
+               'localmamba.launch', f'nbs/{name}.ipynb']
+    for key, value in (parameters(words) | {'batch_size': 4}).items():
+        command += ['-p', key, json.dumps(value)] # batch norm needs two images a process
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-3000:])
     run, = (folder/f'results/{name}/scenes/runs').iterdir()
     metrics, history = json.loads((run/'metrics.json').read_text()), (run/'history.csv').read_text().splitlines()
-    assert (run/'weights.pt').exists() and len(history) == 3 and all(np.isfinite(metrics[k]) for k in ('train_loss', 'valid_loss'))
+    assert (run/'weights.pt').exists() and len(history) == 3
+    assert all(np.isfinite(metrics[k]) for k in ('train_loss', 'valid_loss'))
 
 
 def parameters(words):

@@ -98,11 +98,11 @@ def test_layers_are_read_in_their_order(tmp_path):
 
 
 def test_sources_that_are_no_search(tmp_path):
-    with pytest.raises(ValueError, match="no supernet; build the model with directions='search'"): searched_directions(timm.create_model('test_local_vim'))
+    with pytest.raises(ValueError, match="a supernet, built with directions='search'"): searched_directions(timm.create_model('test_local_vim'))
     with pytest.raises(FileNotFoundError, match='no checkpoint at'): searched_directions(tmp_path/'nothing.ckpt')
     other = timm.create_model('test_local_vim', directions='search', candidates=('h', 'v', 'w3'))
     assert {d for layer in searched_directions(other.state_dict(), top=2) for d in layer} <= {'h', 'v', 'w3'}
-    with pytest.raises(ValueError, match='name the candidates of this search'): searched_directions(to_released(other), top=2)
+    with pytest.raises(ValueError, match='those of this search'): searched_directions(to_released(other), top=2)
     assert len(searched_directions(to_released(other), top=2, candidates=('h', 'v', 'w3'))) == 2
     with pytest.raises(ValueError, match='NaN'): top_directions([[float('nan')] * 8])
 

@@ -12,7 +12,9 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader as FastaiLoader
 
 from localmamba.runs import Run
-from localmamba.train import (NonFiniteLoss, StatusLine, cosine_lr, fit, learner, param_groups, rng_state,
+from localmamba.optim import cosine_lr, param_groups
+from localmamba.progress import StatusLine
+from localmamba.train import (NonFiniteLoss, fit, learner, rng_state,
                               seed_everything, set_rng_state)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -274,7 +276,8 @@ def test_only_one_group_when_nothing_decays():
 
 
 @pytest.mark.parametrize('wrong, words', [(dict(amp='fp8'), "amp: got 'fp8'; allowed"),
-                                          (dict(epochs=0), 'epochs: got 0'), (dict(seed=-1), 'seed: got -1'), (dict(rule='x'), 'rule'),
+                                          (dict(epochs=0), 'epochs: got 0'), (dict(seed=-1), 'seed: got -1'),
+                                          (dict(rule='x'), 'rule'),
                                           (dict(label_smoothing=2.), 'label_smoothing')])
 def test_wrong_arguments(wrong, words):
     with pytest.raises(ValueError, match=words): fit(mlp, ours(), **{**RECIPE, **wrong})

@@ -91,8 +91,8 @@ def mamba_scan(
     channels = lambda x: x.to(dtype).transpose(2, 3).flatten(1, 2).contiguous()
     form = lambda x: x.to(dtype).transpose(2, 3).contiguous() if x.dim() == 4 else flat(x)
     y, last_state = selective_scan(
-        channels(inputs.u), channels(inputs.delta), flat(inputs.A), form(inputs.B), form(inputs.C), flat(inputs.D), None,
-        flat(inputs.delta_bias), inputs.delta_softplus, True)
+        channels(inputs.u), channels(inputs.delta), flat(inputs.A), form(inputs.B), form(inputs.C), flat(inputs.D),
+        None, flat(inputs.delta_bias), inputs.delta_softplus, True)
     return y.unflatten(1, (K, -1)).transpose(2, 3), last_state.unflatten(1, (K, -1))
 
 
@@ -231,7 +231,7 @@ def readable(
 def transformed(
     *tensors,  # some may be None
 ) -> bool:
-    "Is this a call inside a transform of `torch.func`, or in forward mode? Operators cannot serve those; references can."
+    "Is this a call inside a transform of `torch.func`, or in forward mode? References serve those, operators not."
     if torch.compiler.is_compiling(): return False
     return getattr(torch._C, '_are_functorch_transforms_active', bool)() or carries_tangent(*tensors)
 
@@ -275,7 +275,8 @@ def _differentiable(op, vjp, setup):
         if carries_tangent(*tensors):
             raise RuntimeError(f'{op.name()} has no forward-mode derivative; directional_scan, directional_conv and '
                                'SCAttn.merge have one, and so have the references in plain PyTorch')
-        return Function.apply(*args) if torch.is_grad_enabled() and any(x.requires_grad for x in tensors) else below(*args)
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        return Function.apply(*args) if wanted else below(*args)
     return call
 
 

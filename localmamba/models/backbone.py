@@ -11,18 +11,22 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..mixer import check_image
-from .localvim import LocalVim, _cached_rope_tables, _rope_tables, rotate
+from ..mixer import check_choice
+from .common import check_image
+from .localvim import LocalVim, split_cls
 from .localvmamba import LocalVMamba
 from .weights import load_weights
 
 # %% ../../nbs/lib/16_backbone.ipynb #c8789bc9
 class BlockNorm(nn.LayerNorm):
     "LayerNorm in the place of an RMSNorm: computed in at least fp32, returned in the dtype of its weight."
-    def forward(self, x):
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps).to(self.weight.dtype)
+    def forward(self,
+        x: Tensor,  # (…, C)
+    ) -> Tensor:  # (…, C)
+        "LayerNorm."
+        y = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return y.to(self.weight.dtype)
 
 def as_layer_norm(
     norm: nn.RMSNorm,  # scale of each channel
@@ -36,7 +40,7 @@ def as_layer_norm(
 def four_of(
     depth: int,  # blocks
 ) -> tuple:  # up to four of them, evenly spaced, the last one among them
-    "Which blocks of a plain stack give the maps: 4, 9, 14, 19 of 20"
+    "Which blocks of a plain stack give the maps: 4, 9, 14, 19 of 20."
     n = min(4, depth)
     return tuple(depth * (i + 1) // n - 1 for i in range(n))
 
@@ -50,14 +54,14 @@ class Backbone(nn.Module):
         norm: str = 'layer',  # of LocalVim's blocks: `'layer'` as released, or `'rms'` as in pretraining
     ):
         super().__init__()
-        if tap not in ('mixer', 'stream'): raise ValueError(f"tap={tap!r} is unknown: allowed are 'mixer' and 'stream'")
-        if norm not in ('layer', 'rms'): raise ValueError(f"norm={norm!r} is unknown: allowed are 'layer' and 'rms'")
+        check_choice(tap=(tap, ('mixer', 'stream')), norm=(norm, ('layer', 'rms')))
         stack, info = len({f['reduction'] for f in model.feature_info}) == 1, list(model.feature_info)
         own, self.tap = isinstance(model, (LocalVim, LocalVMamba)), tap
         skip = len(info) - 4 if not own and not stack else 0
-        self.indices = tuple(indices if indices is not None else four_of(len(info)) if stack else range(skip, len(info)))
-        if not self.indices or list(self.indices) != sorted(set(self.indices)) or not 0 <= self.indices[0] <= self.indices[-1] < len(info):
-            raise ValueError(f'indices={indices!r} must be rising numbers from 0 to {len(info) - 1}')
+        standard = four_of(len(info)) if stack else range(skip, len(info))
+        self.indices = tuple(standard if indices is None else indices)
+        if not self.indices or list(self.indices) != sorted(set(self.indices) & set(range(len(info)))):
+            raise ValueError(f'indices: got {indices!r}; allowed: rising numbers from 0 to {len(info) - 1}')
         model.reset_classifier(0)
         if own: model.prune_intermediate_layers(list(self.indices), prune_norm=True)
         if isinstance(model, LocalVim) and norm == 'layer':
@@ -72,22 +76,10 @@ class Backbone(nn.Module):
 @patch
 def _plain_maps(self: Backbone, x):
     "The maps of a plain stack, (B, H, W, C) each."
-    model, maps = self.model, []
-    x, grid, index = model.embed(x)
-    if model.rope:
-        tables = _rope_tables if torch.compiler.is_compiling() else _cached_rope_tables
-        rope = [t.to(x.dtype) for t in tables(*grid, model.embed_dim, model.rope_pretrained_grid, index, x.device)]
-    recompute = model.grad_checkpointing and self.training and torch.is_grad_enabled()
-    for i, block in enumerate(model.layers):
-        if model.rope: x = rotate(x, *rope)
-        def added(x, block=block): return block.mixer(block.norm(x), *grid, index)
-        step = checkpoint(added, x, use_reentrant=False) if recompute else added(x)
-        x = x + block.drop_path(step)
-        if i in self.indices:
-            seen = step if self.tap == 'mixer' else x
-            if index is not None: seen = torch.cat([seen[:, :index], seen[:, index+1:]], 1)
-            maps.append(seen.unflatten(1, grid))
-    return maps
+    tokens, grid, index = self.model.embed(x)
+    pairs = [pair for i, pair in enumerate(self.model.walk(tokens, grid, index)) if i in self.indices]
+    seen = [added if self.tap == 'mixer' else stream for stream, added in pairs]
+    return [split_cls(x, index)[0].unflatten(1, grid) for x in seen]
 
 # %% ../../nbs/lib/16_backbone.ipynb #6c880618
 @patch
@@ -101,7 +93,8 @@ def forward(self: Backbone,
         maps = self.model.forward_intermediates(x, list(self.indices), output_fmt='NHWC', intermediates_only=True)
     else:
         height, width = (-n % max(self.strides) for n in x.shape[2:])
-        maps = self.model.forward_intermediates(F.pad(x, (0, width, 0, height)), indices=list(self.indices), output_fmt='NCHW', intermediates_only=True)
+        maps = self.model.forward_intermediates(F.pad(x, (0, width, 0, height)), indices=list(self.indices),
+                                                output_fmt='NCHW', intermediates_only=True)
         maps = [m.permute(0, 2, 3, 1) for m in maps]
     return [norm(m).permute(0, 3, 1, 2).contiguous() for norm, m in zip(self.norms, maps)]
 
