@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'ADE20K_CLASSES', 'ADE20K_COLOURS', 'ADE20K_LAYOUT', 'LABEL_SUFFIXES', 'BACKGROUNDS', 'COCO_SEMANTIC_LAYOUT',
-           'SCENE_CLASSES', 'SCENE_COLOURS', 'label_image', 'read_labels', 'check_classes', 'by_stem', 'LabelledFolder',
-           'numbers_seen', 'chosen_numbers', 'own_numbers', 'no_strays', 'read_classes', 'ade20k', 'coco_semantic',
-           'ade20k_scenes']
+           'SCENE_CLASSES', 'SCENE_COLOURS', 'label_image', 'read_labels', 'check_classes', 'check_number', 'by_stem',
+           'LabelledFolder', 'numbers_seen', 'chosen_numbers', 'own_numbers', 'no_strays', 'read_classes', 'ade20k',
+           'coco_semantic', 'ade20k_scenes']
 
 # %% ../nbs/lib/27_ade20k.ipynb #24fafe24
 import colorsys, copy, json, tempfile, warnings
@@ -97,12 +97,15 @@ def check_classes(classes, numbers, ignored):
                          'around it too, as the first entry of classes.json, {"name": "background"}')
     if not 2 <= len(classes) < IGNORE: raise ValueError(f'classes: got {len(classes)}; allowed: 2 to {IGNORE - 1}')
     used = [*(numbers or range(1, len(classes) + 1)), *ignored]
-    for value in used:
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 65536:
-            raise ValueError(f'numbers, ignored: got {value!r}; allowed: whole numbers from 0 to 65535')
+    for value in used: check_number(value)
     if numbers is not None and len(numbers) != len(classes): raise ValueError(f'numbers: got {len(numbers)}; allowed: {len(classes)}, one a class')
     if twice := [n for n, times in Counter(used).items() if times > 1]:
         raise ValueError(f'numbers, ignored: got {_some(twice)} more than once; allowed: each number for one class, or ignored')
+
+def check_number(value):
+    "Refuse what cannot stand in a label map."
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 65536:
+        raise ValueError(f'numbers, ignored: got {value!r}; allowed: whole numbers from 0 to 65535')
 
 def by_stem(folder, suffixes, name):
     "The files of a folder by their names without suffix; the second of one name is left out."
@@ -236,6 +239,7 @@ def own_numbers(
     "The numbers of the classes, and a warning about those that no training map holds; raises `ValueError` if there is but one."
     if label_zero not in (None, 'class', 'ignored'): raise ValueError(f"label_zero: got {label_zero!r}; allowed: 'class', 'ignored' or None")
     ignored = tuple(ignored) if isinstance(ignored, (list, tuple)) else (ignored,)
+    for value in ignored: check_number(value)
     wanted, key = set(numbers or range(1, len(classes) + 1)) - set(ignored), fingerprint(classes, numbers, ignored, known, _files_as(maps))
     if key not in _LOOKED: _LOOKED[key] = numbers_seen(maps, wanted, 2 * known)
     seen = _LOOKED[key].keys() - set(ignored)
