@@ -21,10 +21,10 @@ from .data import channel_stats, load_data, loaders, parse_augment
 from .models.weights import load_weights
 from .photos import eval_transform, photo_folder, photo_loaders, train_transform
 from .recipes import correct, fit_options, recipe, transform_options
-from .files import write_csv
+from .files import folder_name, identity, write_csv
 from .processes import processes
 from .progress import StatusLine
-from .runs import Run
+from .runs import Run, dataset_name
 from .train import AMP, KeepWeights, fit
 
 # %% ../nbs/lib/34_classify.ipynb #e39748ac
@@ -79,6 +79,7 @@ def chosen_recipe(s):  # the recipe of settings, epochs included
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in s['recipe_options'].items()}
     chosen = recipe(s['recipe_name'], **changes, **({'epochs': s['epochs']} if s['epochs'] > 0 else {}))
     parse_augment(chosen['augment'] or 'none')
+    if s['dataset'] == 'folder' and 'augment' not in changes: chosen['augment'] = ''  # photographs have transforms
     return chosen
 
 def image_sets(
@@ -101,6 +102,9 @@ def image_loaders(
 ):
     "fastai `DataLoaders` for a recipe."
     r, in_memory = chosen_recipe(s), s['dataset'] != 'folder'
+    if train is not None and len(train) < r['batch_size']:
+        r['batch_size'] = max(1, len(train) - len(train) % 2)
+        print(f'batches of {r["batch_size"]}: there are {len(train)} images to train on')
     if not in_memory and r['augment']:
         raise ValueError(f"recipe: augment={r['augment']!r} is for images in memory; allowed for photographs: ''")
     if in_memory and not r['auto_augment'] and r['augment']:
@@ -143,10 +147,13 @@ def run_of(
     root=None,  # folder that holds `results`; None: the project's
 ) -> Run:
     "The run of settings, finished or not."
-    return Run('imagenet', record_name(s), described(s),
-               f"{s['row'] or s['model']} {'seed ' + str(s['seed']) if s['epochs'] else 'evaluated'}", root)
+    label = f"{s['row'] or s['model']} {'seed ' + str(s['seed']) if s['epochs'] else 'evaluated'}"
+    data = identity(s['data_dir']) if s['dataset'] == 'folder' else None
+    return Run('imagenet', dataset_name('imagenet', record_name(s), data, root), described(s), label, root, data)
 
-def record_name(s): return s['dataset'] if s['dataset'] != 'folder' else Path(s['data_dir']).resolve().name or 'folder'
+def record_name(s):  # what the data of settings are called
+    "The name of a data set, such as can name a folder too."
+    return s['dataset'] if s['dataset'] != 'folder' else folder_name(s['data_dir'])
 
 def train(
     s: dict,  # `settings`

@@ -23,7 +23,7 @@ from .detector import Counted, Detector, detector, load_detector
 from .optim import Schedule, staircase
 from .processes import of_all, processes, summed
 from .progress import StatusLine
-from .samples import SampleLoader, fitted, normalised, rescaled
+from .stream import SampleLoader, fitted, network_input, rescaled, standardised
 from .train import Record
 
 _all_ = ['Counted', 'Detector', 'detector', 'load_detector']  # the model, for those who look for it here
@@ -62,9 +62,9 @@ def as_target(things):
 # %% ../nbs/lib/36_detect.ipynb #88eef856
 class TrainTransform:
     "An image and its instances as a training sample."
-    def __init__(self, augment='resize', limits=(1333, 800), mirror=0.5):
-        if augment not in AUGMENTS: raise ValueError(f'augment={augment!r} is unknown: allowed are {AUGMENTS}')
-        self.augment, self.limits, self.mirror = augment, limits, mirror
+    def __init__(self, augment='resize', limits=(1333, 800), mirror=0.5, stats=None):
+        if augment not in AUGMENTS: raise ValueError(f'augment: got {augment!r}; allowed: {", ".join(AUGMENTS)}')
+        self.augment, self.limits, self.mirror, self.stats = augment, limits, mirror, stats
     def __call__(self, image, things, rng):
         things = things | dict(size=image.shape[:2])
         if self.augment == 'multi-scale':
@@ -84,14 +84,14 @@ class TrainTransform:
                                     *(int(rng.integers(0, max(0, n - side) + 1)) for n in image.shape[:2]), side, side)
         else: image, things = resized(image, things, fitted(image.shape[:2], self.limits))
         if rng.random() < self.mirror: image, things = mirrored(image, things)
-        return normalised(image), as_target(things)
+        return standardised(image, self.stats), as_target(things)
 
 class EvalTransform:
     "An image within limits, its instances with it."
-    def __init__(self, limits=(1333, 800)): self.limits = limits
+    def __init__(self, limits=(1333, 800), stats=None): self.limits, self.stats = limits, stats
     def __call__(self, image, things, rng=None):
         image, things = resized(image, things | dict(size=image.shape[:2]), fitted(image.shape[:2], self.limits))
-        return normalised(image), as_target(things)
+        return standardised(image, self.stats), as_target(things)
 
 # %% ../nbs/lib/36_detect.ipynb #d10037d4
 def steps(
@@ -121,6 +121,8 @@ def loaders(
     valid: CocoFolder,  # to be judged on, same classes
     settings: dict,  # a `recipe`
     seed: int = 0,  # decides order and augmentation
+    *,
+    stats=None,  # of the model, from `pixel_stats`; None: ImageNet's
     workers: int = 0,  # processes that read images
     device=None,  # None: what fastai would use
     path='.',  # where fastai may save things
@@ -133,11 +135,11 @@ def loaders(
     train = train.with_instances()
     if not len(train): raise ValueError(f'train: {train.name} has no image with an instance')
     device = default_device() if device is None else device
-    transform = TrainTransform(settings['augment'], settings['limits'], settings['mirror'])
+    transform = TrainTransform(settings['augment'], settings['limits'], settings['mirror'], stats)
     common = dict(seed=seed, workers=workers, device=device, rank=rank, world=world)
     return DataLoaders(DetectionLoader(train, settings['batch_size'], steps(settings, len(train))['every'], transform,
                                        **common),
-                       DetectionLoader(valid, world, 0, EvalTransform(settings['limits']), **common), path=path,
+                       DetectionLoader(valid, world, 0, EvalTransform(settings['limits'], stats), **common), path=path,
                        device=torch.device(device))
 
 # %% ../nbs/lib/36_detect.ipynb #acc55589
@@ -156,16 +158,16 @@ def restored(
 @torch.no_grad()
 def predict(
     model: Detector,  # in evaluation mode
-    image: np.ndarray,  # (H, W, 3) uint8
+    image: np.ndarray,  # (H, W, in_chans) uint8
     limits=(1333, 800),  # see `fitted`
     amp: bool = False,  # forward pass in bfloat16
 ) -> dict:  # see `restored`
     "What is in an image."
-    if model.training: raise ValueError('model is in training mode: call model.eval() first')
+    if model.training: raise ValueError('model: got one in training mode; allowed: after model.eval()')
     device = next(model.parameters()).device
-    x = normalised(rescaled(image, fitted(image.shape[:2], limits))).to(device)
+    x = network_input(image, fitted(np.shape(image)[:2], limits), model.stats).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=amp): found, = model([x])
-    return restored(found, x.shape[1:], image.shape[:2])
+    return restored(found, x.shape[1:], np.shape(image)[:2])
 
 def evaluate(
     model: Detector,

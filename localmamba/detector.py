@@ -31,6 +31,7 @@ from torchvision.ops.poolers import initLevelMapper
 import localmamba.models.localvmamba
 from .models.backbone import Backbone, backbone_of
 from .models.weights import load_whole
+from .stream import pixel_stats
 
 # %% ../nbs/lib/35_detector.ipynb #2e9f06fb
 class SimplePyramid(nn.Module):
@@ -214,6 +215,7 @@ class Detector(nn.Module):
         if plain and len(backbone.strides) > 1:
             raise ValueError(f'a plain backbone must give one map, not {len(backbone.strides)}: indices=(last block,)')
         self.backbone, self.num_classes, self.in_chans, self.pad_to = backbone, num_classes, backbone.in_chans, pad_to
+        self.stats = pixel_stats(backbone.model, backbone.in_chans)
         strides = [s * backbone.strides[0] // 4 for s in (1, 2, 4, 8)] if plain else list(backbone.strides)
         normed = plain if normed is None else normed
         if plain: self.pyramid = SimplePyramid(backbone.channels[0], channels)
@@ -309,7 +311,9 @@ def detector(
     **head,  # for `Detector`
 ) -> Detector:
     "A backbone by name under Mask R-CNN."
-    return Detector(backbone_of(model, weights, backbone, tap, norm, last=True), num_classes, **head)
+    net = backbone_of(model, weights, backbone, tap, norm, last=True)
+    net.in_chans = (backbone or {}).get('in_chans', net.in_chans)
+    return Detector(net, num_classes, **head)
 
 def load_detector(
     net: Detector,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['whole_file', 'write_text', 'write_json', 'read_json', 'write_csv', 'read_csv', 'project_root', 'data_dir',
-           'results_dir', 'files_below', 'identity']
+           'results_dir', 'folder_name', 'paper_file', 'files_below', 'identity']
 
 # %% ../nbs/lib/19_files.ipynb #5b34695d
 import csv, hashlib, io, json, os, re, stat
@@ -67,7 +67,8 @@ def read_json(
     try: found = json.loads(Path(path).read_text(encoding='utf-8'))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError): return None
     if kind is None or isinstance(found, kind): return found
-    raise TypeError(f'{path}: got a {type(found).__name__} ({str(found)[:60]}); allowed: a {kind.__name__}; was it edited?')
+    raise TypeError(f'{path}: got a {type(found).__name__} ({str(found)[:60]}); allowed: a {kind.__name__}; '
+                    'was it edited?')
 
 # %% ../nbs/lib/19_files.ipynb #f1e68227
 def write_csv(
@@ -121,6 +122,22 @@ def results_dir(
             raise ValueError(f'{argument}: got {value!r}; allowed: letters, digits, "_", "-" and ".", '
                              'because it names a folder')
     return Path(root or project_root())/'results'/experiment/dataset
+def folder_name(
+    path,  # of a data set
+) -> str:  # letters, digits, "_", "-" and "."
+    "What results of a data set are kept under: the name of its folder, blanks and the like replaced."
+    return re.sub(r'[^\w.-]+', '-', Path(path).resolve().name).strip('-.') or 'folder'
+
+def paper_file(
+    name: str,  # such as 'coco_1x.csv'
+) -> Path:
+    "A table quoted from the paper, of the project or of this package's checkout; raises `FileNotFoundError`."
+    places = [root/'results/paper'/name for root in (project_root(), Path(__file__).resolve().parent.parent)]
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f'results/paper/{name}: neither in {places[0].parent} nor in {places[1].parent}; '
+                                'run this from within the project')
+    return found
 
 # %% ../nbs/lib/19_files.ipynb #ac84cd48
 def files_below(
@@ -135,20 +152,32 @@ def files_below(
     return sorted(found)
 
 def identity(
-    folder,  # of a data set
+    folder,  # of a data set, or a file that holds one
     files=None,  # those that count, relative to it; None: `files_below`
-    annotations=(),  # those of them that are read whole
-    sample: int = 256,  # so many of the rest are read too
+    annotations=lambda name: name.endswith('.json'),  # which of them are read whole
+    sample: int = 256,  # so many of the rest are read too, up to 64 kB of each
 ) -> dict:  # 'identity': 16 hex digits; 'files', 'bytes': how many there are
     "What lies in a folder, in a few characters; raises `FileNotFoundError` when a file is missing."
-    names, whole = sorted(files_below(folder) if files is None else map(str, files)), set(map(str, annotations))
-    digest, total, rest = hashlib.sha256(), 0, [name for name in names if name not in whole]
-    read = whole | {rest[i] for i in np.linspace(0, len(rest) - 1, min(sample, len(rest))).astype(int)}
-    for name in sorted({*names, *whole}):
+    if Path(folder).is_file(): folder, files = Path(folder).parent, [Path(folder).name]
+    names = sorted(files_below(folder) if files is None else map(str, files))
+    if files is None and not names: raise FileNotFoundError(f'{folder}: no files are there')
+    digest, total, rest = hashlib.sha256(), 0, [name for name in names if not annotations(name)]
+    begun = {rest[i] for i in np.linspace(0, len(rest) - 1, min(sample, len(rest))).astype(int)}
+    for name in names:
         path = Path(folder)/name
         about = path.stat()
-        if not stat.S_ISREG(about.st_mode): continue # reading from a pipe would never end
+        if not stat.S_ISREG(about.st_mode): continue  # reading from a pipe would never end
         total += about.st_size
         digest.update(f'{name}\0{about.st_size}\0'.encode('utf-8', 'surrogateescape'))
-        if name in read: digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return {'identity': digest.hexdigest()[:16], 'files': len({*names, *whole}), 'bytes': total}
+        if name in begun: digest.update(_content(path, 2 ** 16))
+        elif annotations(name): digest.update(_content(path))
+    return {'identity': digest.hexdigest()[:16], 'files': len(names), 'bytes': total}
+
+def _content(path, most=None):  # a hash of a file, or of its beginning
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while part := f.read(2 ** 20 if most is None else most):
+            digest.update(part)
+            if most is not None: break
+    return digest.digest()
+

@@ -7,6 +7,7 @@ __all__ = ['PHOTO_LAYOUT', 'PhotoSet', 'photo_folder', 'same_classes', 'train_tr
            'photo_loaders']
 
 # %% ../nbs/lib/25_photos.ipynb #ccdc6eb5
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -15,13 +16,13 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment as timm_augment, create_transform
-from .images import VALID_NAMES, is_image, open_image
+from .images import VALID_NAMES, open_image, say_left_out, split_folder
 from .stream import MEAN, STD, InOrder, Passes, StreamLoader, drawing
 
 # %% ../nbs/lib/25_photos.ipynb #c760ec97
 PHOTO_LAYOUT = '''expected layout:
-    train/<class>/<name>.png|jpg|jpeg
-    val/<class>/<name>.png|jpg|jpeg          (or valid/ or test/)
+    train/<class>/<name>.png|jpg|tif|webp|...
+    val/<class>/<name>.png|jpg|tif|webp|...  (or valid/ or test/)
 or, with lists:
     meta/train.txt   meta/val.txt            lines "<file> <class number>", the file's path counted from train/ or val/
     train/...        val/...'''
@@ -35,20 +36,20 @@ class PhotoSet:
     name: str = 'photographs' # shown in messages
     def __len__(self): return len(self.files)
     def __repr__(self): return f'{self.name}: {len(self)} images, {len(self.classes)} classes'
-    def __getitem__(self, i): return open_image(self.files[i]).convert('RGB'), int(self.labels[i])
+    def __getitem__(self, i): return open_image(self.files[i]), int(self.labels[i])
     def names(self, indices): return [str(self.files[i]) for i in indices]
     def take(self, indices): return PhotoSet([self.files[i] for i in indices], self.labels[np.asarray(indices, int)], self.classes, self.name)
 
 # %% ../nbs/lib/25_photos.ipynb #00d0475b
 def _folders(path, split):
     "A split of a folder a class: files, labels, classes"
-    names = ('train',) if split == 'train' else VALID_NAMES
-    folder = next((path/name for name in names if (path/name).is_dir()), None)
-    if folder is None: raise ValueError(f'path: {path} has no folder {" or ".join(n + "/" for n in names)}\n{PHOTO_LAYOUT}')
-    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name[0] != '.')
-    files = [(f, i) for i, c in enumerate(classes) for f in sorted((folder/c).iterdir()) if is_image(f.name)]
-    if not files: raise ValueError(f'path: no images under {folder}/<class>/\n{PHOTO_LAYOUT}')
-    return files, classes
+    left_out = Counter()
+    folder, found = split_folder(path, split, left_out)
+    if folder is None:
+        names = ' or '.join(f'{name}/<class>/' for name in (('train',) if split == 'train' else VALID_NAMES))
+        raise ValueError(f'path: {path} has no images under {names}\n{PHOTO_LAYOUT}')
+    say_left_out(f'{path.name}, {folder}', left_out)
+    return [(f.path, i) for i, files in enumerate(found.values()) for f in files], list(found)
 
 def _lists(path, split):
     "A split of the lists in meta/: files, labels, classes"

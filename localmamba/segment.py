@@ -28,7 +28,7 @@ from .models.backbone import Backbone, backbone_of
 from .models.weights import load_whole
 from .optim import Schedule, polynomial
 from .progress import StatusLine
-from .samples import MEAN, STD, SampleLoader, fitted, normalised, rescaled
+from .stream import MEAN, STD, SampleLoader, fitted, network_input, pixel_stats, rescaled, standardised
 from .train import Record
 
 # %% ../nbs/lib/37_segment.ipynb #5c513e55
@@ -62,11 +62,14 @@ class UperNet(nn.Module):
         neck: bool = False,  # `MultiLevelNeck` between a plain backbone and the heads
     ):
         super().__init__()
-        if num_classes < 1: raise ValueError(f'num_classes={num_classes} must be 1 or more')
+        if num_classes < 2:
+            raise ValueError(f'num_classes: got {num_classes}; allowed: 2 or more: with one, every pixel is of it, '
+                             'so name what lies around it (a background) too')
         plain = len(set(backbone.strides)) == 1
         if neck and not (plain and len(backbone.channels) == 4):
             raise ValueError(f'neck=True needs four maps of one stride, not strides {backbone.strides}')
         self.backbone, self.num_classes, self.in_chans = backbone, num_classes, backbone.in_chans
+        self.stats = pixel_stats(backbone.model, backbone.in_chans)
         widths = list(backbone.channels)
         self.neck = MultiLevelNeck(widths[0]) if neck else nn.Identity()
         config = SimpleNamespace(pool_scales=tuple(pool_scales), hidden_size=channels, num_labels=num_classes,
@@ -117,7 +120,9 @@ def segmenter(
     **head,  # for `UperNet`
 ) -> UperNet:
     "A backbone by name under UperNet."
-    return UperNet(backbone_of(model, weights, backbone, tap, norm), num_classes, **head)
+    net = backbone_of(model, weights, backbone, tap, norm)
+    net.in_chans = (backbone or {}).get('in_chans', net.in_chans)
+    return UperNet(net, num_classes, **head)
 
 
 def load_segmenter(
@@ -191,10 +196,10 @@ def photometric(
 class TrainTransform:
     "An image and its labels as a training sample."
     def __init__(self, crop=512, limits=(2048, 512), ratio=(0.5, 2.0), cat_max_ratio=0.75, mirror=0.5,
-                 photometric=True):
+                 photometric=True, stats=None):
         self.crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
         self.limits, self.ratio, self.cat_max_ratio = limits, ratio, cat_max_ratio
-        self.mirror, self.photometric = mirror, photometric
+        self.mirror, self.photometric, self.stats = mirror, photometric, stats
     def __call__(self, image, labels, rng):
         size = fitted(labels.shape, self.limits, rng.uniform(*self.ratio))
         image, labels = rescaled(image, size), rescaled(labels, size)
@@ -203,15 +208,16 @@ class TrainTransform:
         if rng.random() < self.mirror: image, labels = image[:, ::-1], labels[:, ::-1]
         if self.photometric: image = photometric(np.ascontiguousarray(image), rng)
         x, y = torch.zeros(3, *self.crop), torch.full(self.crop, IGNORE)
-        x[:, :labels.shape[0], :labels.shape[1]] = normalised(image)
+        x[:, :labels.shape[0], :labels.shape[1]] = standardised(image, self.stats)
         y[:labels.shape[0], :labels.shape[1]] = torch.from_numpy(labels.astype(np.int64))
         return x, y
 
 class EvalTransform:
     "An image within limits, and its labels as they are."
-    def __init__(self, limits=(2048, 512)): self.limits = limits
+    def __init__(self, limits=(2048, 512), stats=None): self.limits, self.stats = limits, stats
     def __call__(self, image, labels, rng=None):
-        return normalised(rescaled(image, fitted(labels.shape, self.limits))), torch.from_numpy(labels.astype(np.int64))
+        image = standardised(rescaled(image, fitted(labels.shape, self.limits)), self.stats)
+        return image, torch.from_numpy(labels.astype(np.int64))
 
 # %% ../nbs/lib/37_segment.ipynb #8959a4b1
 class SegmentationLoader(SampleLoader):
@@ -233,6 +239,8 @@ def loaders(
     valid: LabelledFolder,  # to be judged on, same classes
     settings: dict,  # a `recipe`
     seed: int = 0,  # decides order and augmentation
+    *,
+    stats=None,  # of the model, from `pixel_stats`; None: ImageNet's
     valid_batch: int = 1,  # images of one size that may share a batch
     workers: int = 0,  # processes that read images
     device=None,  # None: what fastai would use
@@ -244,12 +252,13 @@ def loaders(
     if train.classes != valid.classes:
         raise ValueError(f'valid: its {len(valid.classes)} classes are not those of train ({len(train.classes)})')
     device = default_device() if device is None else device
-    transform = TrainTransform(*(settings[k] for k in ('crop', 'limits', 'ratio', 'cat_max_ratio', 'mirror',
-                                                       'photometric')))
+    asked = ('crop', 'limits', 'ratio', 'cat_max_ratio', 'mirror', 'photometric')
+    transform = TrainTransform(**{k: settings[k] for k in asked}, stats=stats)
     common = dict(seed=seed, workers=workers, device=device, rank=rank, world=world)
     return DataLoaders(SegmentationLoader(train, settings['batch_size'],
                                           min(settings['every'], settings['iterations']), transform, **common),
-                       SegmentationLoader(valid, valid_batch * world, 0, EvalTransform(settings['limits']), **common),
+                       SegmentationLoader(valid, valid_batch * world, 0, EvalTransform(settings['limits'], stats),
+                                          **common),
                        path=path, device=torch.device(device))
 
 # %% ../nbs/lib/37_segment.ipynb #cc410748
@@ -306,7 +315,7 @@ SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the multi-scale test
 @torch.no_grad()
 def predict(
     model: nn.Module,  # a `UperNet` in evaluation mode
-    image: np.ndarray,  # (H, W, 3) uint8
+    image: np.ndarray,  # (H, W, in_chans) uint8
     limits=(2048, 512),  # see `fitted`
     mode: str = 'whole',  # or 'slide'
     scales=(1.0,),  # of the limits; `SCALES` for the multi-scale test
@@ -316,16 +325,16 @@ def predict(
     amp: bool = False,  # forward pass in bfloat16
 ) -> Tensor:  # (classes, H, W) probabilities, fp32
     "What each pixel may be."
-    if mode not in ('whole', 'slide'): raise ValueError(f"mode={mode!r} is unknown: allowed are 'whole' and 'slide'")
-    if not scales: raise ValueError('scales is empty: at least one is needed')
-    if model.training: raise ValueError('model is in training mode: call model.eval() first')
+    if mode not in ('whole', 'slide'): raise ValueError(f"mode: got {mode!r}; allowed: 'whole', 'slide'")
+    if not scales: raise ValueError(f'scales: got {scales!r}; allowed: one or more')
+    if model.training: raise ValueError('model: got one in training mode; allowed: after model.eval()')
     device, total, views = next(model.parameters()).device, 0, (False, True) if flip else (False,)
     run = model if mode == 'whole' else lambda x: slide(model, x, crop, stride)
     for scale in scales:
-        x = normalised(rescaled(image, fitted(image.shape[:2], limits, scale)))[None].to(device)
+        x = network_input(image, fitted(np.shape(image)[:2], limits, scale), model.stats)[None].to(device)
         for mirrored in views:
             with torch.autocast(device.type, torch.bfloat16, enabled=amp): logits = run(x.flip(3) if mirrored else x)
-            probability = resized(logits, image.shape[:2]).softmax(1)
+            probability = resized(logits, np.shape(image)[:2]).softmax(1)
             total = total + (probability.flip(3) if mirrored else probability)
     return total[0] / (len(scales) * len(views))
 
@@ -352,7 +361,10 @@ def evaluate(
 class SegmentationRecord(Record):
     "The history of a segmentation run: mIoU, mean accuracy, pixel accuracy, and the IoU of each class at the end."
     name = 'record'
+    iou = None
     def reset(self): self.matrix = 0
+    def state_dict(self): return {'iou': self.iou}
+    def load_state_dict(self, state): self.iou = state['iou']
     def judge(self, pred, target):
         self.matrix = self.matrix + confusion(resized(pred, target.shape[1:]).argmax(1), target, pred.shape[1])
     def scores(self):
@@ -364,7 +376,13 @@ class SegmentationRecord(Record):
         said = scores(self.matrix)
         self.iou = [None if math.isnan(v) else round(v, 4) for v in said.pop('iou')]
         return {k: None if math.isnan(v) else v for k, v in said.items()}
-    def outcome(self): return super().outcome() | {'iou': self.iou}
+    def outcome(self):
+        if self.iou is None:  # the training was over when it was taken up again, from a checkpoint that did not say
+            self.active = True
+            self.learn._do_epoch_validate()
+            self.active = False
+            self.scores()
+        return super().outcome() | {'iou': self.iou}
 
 def fit_options(
     settings: dict,  # a `recipe`

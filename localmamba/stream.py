@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'fitted', 'normalised', 'rescaled', 'permuted', 'Passes', 'Endless', 'InOrder', 'BySize', 'Samples',
-           'image_names', 'collated', 'moved', 'StreamLoader', 'drawing', 'SampleLoader']
+           'image_names', 'collated', 'moved', 'StreamLoader', 'drawing', 'SampleLoader', 'pixel_stats', 'standardised',
+           'network_input']
 
 # %% ../nbs/lib/24_stream.ipynb #7bae6e65
 import random
@@ -30,15 +31,19 @@ def fitted(
     ratio: float = 1.0,  # of the limits
 ) -> tuple:  # height and width
     "The size of an image within limits, proportions kept."
+    if limits is not None and (len(limits) != 2 or not min(limits) > 0):
+        raise ValueError(f'limits: got {limits!r}; allowed: two positive numbers of pixels, or None')
+    if not 0 < ratio < 1000: raise ValueError(f'ratio: got {ratio!r}; allowed: a positive number')
     if limits is None: return tuple(max(1, round(n * ratio)) for n in size)
     factor = min(max(limits) * ratio / max(size), min(limits) * ratio / min(size))
     return tuple(max(1, int(n * factor + 0.5)) for n in size)
 
 def normalised(
-    image: np.ndarray,  # (H, W, 3) uint8
-) -> Tensor:  # (3, H, W) fp32
-    "An image as the backbones of this package want it."
-    return torch.from_numpy(np.ascontiguousarray(((np.asarray(image, np.float32) - MEAN) / STD).transpose(2, 0, 1)))
+    image: np.ndarray,  # (H, W, C) uint8
+) -> Tensor:  # (C, H, W) fp32
+    "An image as the backbones of this package want it; of other channels than three, each by the mean of ImageNet's three."
+    mean, std = (MEAN, STD) if image.shape[-1] == 3 else (MEAN.mean(), STD.mean())
+    return torch.from_numpy(np.ascontiguousarray(((np.asarray(image, np.float32) - mean) / std).transpose(2, 0, 1)))
 
 def rescaled(
     image: np.ndarray,  # (H, W, 3) or (H, W) uint8
@@ -223,3 +228,39 @@ class SampleLoader(StreamLoader):
                          rank=rank, world=world)
     batch_size = property(lambda self: self.bs)
     steps = property(lambda self: getattr(self.draw, 'steps', 0))
+
+# %% ../nbs/lib/24_stream.ipynb #85b1eb43
+def pixel_stats(
+    model,  # a timm model
+    in_chans: int = 3,  # of its images
+) -> tuple:  # (in_chans,) means, (in_chans,) deviations, of pixels from 0 to 1
+    "By what the images of a model are normalised."
+    told = getattr(model, 'pretrained_cfg', None) or {}
+    mean, std = told.get('mean') or IMAGENET_DEFAULT_MEAN, told.get('std') or IMAGENET_DEFAULT_STD
+    return tuple(tuple(float(values[i % len(values)]) for i in range(in_chans)) for values in (mean, std))
+
+def standardised(
+    image: np.ndarray,  # (H, W, C) uint8
+    stats=None,  # from `pixel_stats`; None: ImageNet's
+) -> Tensor:  # (C, H, W) fp32
+    "An image minus the mean over the deviation of each channel."
+    if stats is None: return normalised(image)
+    mean, std = ((255 * np.array(values)).astype(np.float32) for values in stats)
+    return torch.from_numpy(np.ascontiguousarray(((np.asarray(image, np.float32) - mean) / std).transpose(2, 0, 1)))
+
+def network_input(
+    image: np.ndarray,  # (H, W, C) uint8, or (H, W) of one channel
+    size,  # height and width
+    stats,  # from `pixel_stats`
+) -> Tensor:  # (C, height, width) fp32
+    "An image as a model wants it; raises `ValueError` for another number of channels, `TypeError` for other numbers."
+    image, channels = np.asarray(image), len(stats[0])
+    if image.ndim == 2: image = image[..., None]
+    if image.dtype != np.uint8: raise TypeError(f'image: got {image.dtype}; allowed: uint8, 0 to 255')
+    if image.ndim != 3 or image.shape[2] != channels or 0 in image.shape:
+        raise ValueError(f'image: got shape {image.shape}; allowed: (H, W, {channels}), as the model was made')
+    if channels == 3: return standardised(rescaled(image, size), stats)
+    if image.shape[:2] != tuple(size):
+        parts = [Image.fromarray(np.ascontiguousarray(image[..., i])) for i in range(channels)]
+        image = np.stack([np.asarray(p.resize((size[1], size[0]), Image.Resampling.BILINEAR)) for p in parts], -1)
+    return standardised(image, stats)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'DIGITS', 'ALPHA', 'MARGIN', 'VERDICTS', 'VIM', 'VMAMBA', 'CLAIMS', 'recipe_of', 'check_rows', 'small_model',
-           'model_facts', 'runs_frame', 'histories', 'row_table', 'present', 'pairs', 'difference', 'holm', 'verdict',
-           'Claim', 'judge', 'said', 'show_verdicts', 'verdicts', 'own_verdicts']
+           'model_facts', 'runs_frame', 'histories', 'row_table', 'present', 'finish', 'pairs', 'difference', 'holm',
+           'verdict', 'Claim', 'judge', 'said', 'show_verdicts', 'verdicts', 'own_verdicts']
 
 # %% ../nbs/lib/43_study.ipynb #fc0556e2
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ import timm
 from scipy.stats import t, ttest_1samp
 from .cost import CONVENTIONS, count_flops, count_parameters
 from .figures.tables import show_table
-from .runs import collect, summarise
+from .progress import StatusLine
+from .runs import collect, project_root, summarise
 import localmamba.models.localvim, localmamba.models.localvmamba
 
 # %% ../nbs/lib/43_study.ipynb #28a021cc
@@ -109,6 +110,14 @@ def present(
     "A table of rows as all experiments show it."
     options = {'digits': DIGITS} | options
     return show_table(table.drop(columns=[c for c in drop if c in table]), names=NAMES | (names or {}), **options)
+
+def finish(
+    shown,  # a `Table`
+    figure,  # path of the picture
+):
+    "The end of an experiment: its table and the place of its figure, also in the terminal that started it."
+    figure = figure.relative_to(project_root()) if figure.is_relative_to(project_root()) else figure
+    StatusLine().update(f'{shown}\n{figure}', last=True)
 
 # %% ../nbs/lib/43_study.ipynb #4528b2d2
 ALPHA, MARGIN = .05, 1.

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AMP', 'seed_everything', 'rng_state', 'set_rng_state', 'loader_state', 'set_loader_state', 'seed_loader',
-           'CrossEntropy', 'LossSwitch', 'NonFiniteLoss', 'FiniteLoss', 'Record', 'training_state', 'resume',
+           'CrossEntropy', 'LossSwitch', 'NonFiniteLoss', 'FiniteLoss', 'Record', 'plain', 'training_state', 'resume',
            'EpochLearner', 'learner', 'fit', 'KeepWeights', 'Schedule', 'param_groups', 'processes', 'StatusLine']
 
 # %% ../nbs/lib/32_train.ipynb #6f15ef97
@@ -24,7 +24,7 @@ from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import noop, patch
 from torch.nn.parallel import DistributedDataParallel
-from .files import whole_file
+from .files import read_csv, whole_file
 from .optim import Schedule, cosine, param_groups
 from .processes import Together, from_first, of_all, processes, summed, unwrapped
 from .progress import OneLine, StatusLine, TensorBoard, status
@@ -211,6 +211,11 @@ def save(self: Record, whole=True):
     self.last_good = f'{self.store.checkpoint_path} ({_place(state)})'
 
 # %% ../nbs/lib/32_train.ipynb #3d71f213
+def plain(value):  # a number of Python, or what it was
+    "A value as a checkpoint or a record can hold it: NaN is None there."
+    value = value.item() if hasattr(value, 'item') else value
+    return None if isinstance(value, float) and math.isnan(value) else value
+
 def training_state(
     learn: Learner,  # at the end of an epoch, or of a step
     whole: bool = True,  # the epoch is over
@@ -220,7 +225,8 @@ def training_state(
     state = {'epoch': learn.epoch + whole, 'model': unwrapped(learn.model).state_dict(),
              'optimizer': learn.opt.opt.state_dict(),
              'rng': of_all(rng_state()), 'loader': loader_state(learn.dls.train), 'seconds': learn.record.seconds,
-             'callbacks': own}
+             'callbacks': own,
+             'history': [{k: plain(v) for k, v in row.items()} for row in learn.record.rows]}
     if learn.scaler: state['scaler'] = learn.scaler.state_dict()
     if whole: return state
     record = learn.record
@@ -236,7 +242,9 @@ def resume(
     state: dict,  # from `training_state`
     history: pd.DataFrame,  # the epochs that are done
 ) -> Learner:  # the same, ready for `fit`
-    "Continue from a checkpoint."
+    "Continue from a checkpoint; raises `ValueError` for one that is of something else."
+    lacks = [k for k in ('model', 'optimizer', 'rng', 'loader', 'seconds', 'callbacks') if k not in state]
+    if lacks: raise ValueError(f'state: got a checkpoint without {", ".join(lacks)}; allowed: one of `training_state`')
     learn.model.load_state_dict(state['model'])
     if not learn.opt: learn.create_opt()
     learn.opt.opt.load_state_dict(state['optimizer'])
@@ -244,7 +252,7 @@ def resume(
         if cb.name in state['callbacks']: cb.load_state_dict(state['callbacks'][cb.name])
     if learn.scaler and 'scaler' in state: learn.scaler.load_state_dict(state['scaler'])
     learn.first_epoch, learn.record.seconds = state['epoch'], state['seconds']
-    learn.record.rows = history.to_dict('records')
+    learn.record.rows = [{k: plain(v) for k, v in row.items()} for row in history.to_dict('records')]
     learn.record.last_good = f'{learn.record.store.checkpoint_path} ({_place(state)})'
     set_loader_state(learn.dls.train, state['loader'])
     rank, world = processes()
@@ -385,9 +393,18 @@ def fit(
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f'epochs: got {epochs!r}; allowed: an integer from 1')
     label = label or getattr(run, 'label', '')
-    if run is not None and from_first(lambda: run.finished):
+    if run is None: return _trained(model, dls, epochs, lr, seed, None, facts, label, options)
+    try:
+        if not from_first(lambda: run.finished): from_first(lambda: run.lock() and None)
+        if not from_first(lambda: run.finished):
+            return _trained(model, dls, epochs, lr, seed, run, facts, label, options)
+        from_first(run.tidy)
         StatusLine().update(status(label, run.metrics, f'{epochs} epochs, from the record'), last=True)
-        return run.metrics, run.history
+        return run.metrics, read_csv(run.dir/'history.csv', mend=True)
+    finally:
+        if processes()[0] == 0: run.release()
+
+def _trained(model, dls, epochs, lr, seed, run, facts, label, options):
     seed_everything(seed)
     if not isinstance(model, nn.Module): model = model()
     if processes()[0]:

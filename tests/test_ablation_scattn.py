@@ -34,12 +34,12 @@ def test_which_gate_and_where(project, monkeypatch):
     vmamba = table[table.model == 'local_vmamba_nano'].set_index('row')
     assert vmamba.params_m['both'] == vmamba.params_m['both, merged'] > vmamba.params_m['channel'] > vmamba.params_m['none']
     assert vmamba.flops_m_nine['both'] > vmamba.flops_m_nine['both, merged'] > vmamba.flops_m_nine['none']
-    assert 'both − none' in text and 'cannot be told from 0' in text
+    assert 'both − none' in text and 'corrected p' in text
     lines = space['differences'](space['frame'])
     pairs = space['frame'].pivot(index=['model', 'seed'], columns='row', values='top1')
     expected = (pairs['both'] - pairs['none']).mean()
     found = lines[(lines.question == 'both − none (as in the figure)') & (lines.family == 'both families')]
-    assert np.isclose(found.points_mean.item(), expected) and found.pairs.item() == 4
+    assert np.isclose(found['mean'].item(), expected) and found.pairs.item() == 4
 
 
 def test_receptive_fields(project, monkeypatch):

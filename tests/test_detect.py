@@ -244,6 +244,14 @@ def test_released_weights_arrive_and_other_checkpoints_are_refused(tmp_path):
         load_detector(detector('test_local_vmamba', **SMALL | dict(num_classes=9)), tmp_path/'a.pt')
     load_detector(net, tmp_path/'a.pt')
 
+def test_images_of_any_number_of_channels():
+    net = detector('test_local_vmamba', backbone=dict(in_chans=4), **SMALL).eval()
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 4)).astype(np.uint8)
+    assert predict(net, image, (64, 48))['masks'].shape[1:] == (40, 50)
+    with pytest.raises(ValueError, match=r'image: got shape \(40, 50, 3\); allowed: \(H, W, 4\)'):
+        predict(net, image[..., :3])
+
+
 def test_what_is_found_comes_back_to_the_size_of_the_image():
     found = dict(boxes=torch.tensor([[4., 8., 12., 16.]]), labels=torch.tensor([3]), scores=torch.tensor([.9]),
                  masks=torch.ones(1, 1, 28, 28))
@@ -328,7 +336,7 @@ def test_missing_and_damaged_files(changed, root, tmp_path):
     left = changed(more, skip_missing=True)
     assert '7 missing images left out' in repr(left) and len(left) == 6
     for content, words in (('{', 'not JSON'), ('[]', 'no list "images"'),
-                           ('{"images": [{"id": 1}]}', 'without file_name, height, width')):
+                           ('{"images": [{"id": 1}]}', 'image 1: file_name: got nothing')):
         (tmp_path/'b.json').write_text(content)
         with pytest.raises(ValueError, match=words): CocoFolder(root/'val2017', tmp_path/'b.json')
     with pytest.raises(FileNotFoundError, match='does not exist'): coco_instances(tmp_path)
@@ -341,11 +349,11 @@ def test_missing_and_damaged_files(changed, root, tmp_path):
     assert len(valid.readable()) == 5
 
 @pytest.mark.parametrize('change, words',
-                         [(lambda a: a.update(image_id=99), 'of image 99, which is not listed'),
-                          (lambda a: a.update(category_id=99), 'of category 99'),
-                                           (lambda a: a.update(bbox=[1, 2, float('nan'), 3]), 'has the box'),
+                         [(lambda a: a.update(image_id=99), 'image_id: got 99'),
+                          (lambda a: a.update(category_id=99), 'category_id: got 99'),
+                                           (lambda a: a.update(bbox=[1, 2, float('nan'), 3]), 'annotation 1: bbox: got'),
                                            (lambda a: a.update(id=2), 'has the id 2 more than once'),
-                                           (lambda a: a.pop('bbox'), 'without bbox')])
+                                           (lambda a: a.pop('bbox'), 'annotation 1: bbox: got nothing')])
 def test_annotations_that_make_no_sense(changed, change, words):
     with pytest.raises(ValueError, match=words): changed(lambda held: change(held['annotations'][0]))
 

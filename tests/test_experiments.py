@@ -76,7 +76,7 @@ def test_finished_runs_are_not_run_again(uninterrupted):
     assert before == {f: f.stat().st_mtime_ns for f in before}
 
 
-@pytest.mark.parametrize('given, words', [(dict(rows=['diagonal']), r"rows: \['diagonal'\] are unknown; allowed: \['horizontal'"),
+@pytest.mark.parametrize('given, words', [(dict(rows=['diagonal']), r"rows: got \['diagonal'\]; allowed: \['horizontal'"),
                                           (dict(dataset='cifar'), "name: got 'cifar'; allowed: digits, cifar10, folder")])
 def test_a_wrong_word_is_refused(tmp_path, monkeypatch, given, words):
     from test_results import execute

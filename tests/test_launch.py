@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from localmamba.launch import run_cells
+from localmamba.launch import main, read_parameters, run_cells
 from test_detect import TINY as COCO
 from test_segment import TINY as ADE20K
 
@@ -55,3 +55,41 @@ def parameters(words):
 
 def test_a_notebook_without_training_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has 0 cells tagged 'training'"): run_cells(ROOT/'nbs/ablation_scan.ipynb', {})
+
+
+@pytest.mark.parametrize('name', ['imagenet', 'coco', 'ade20k'])
+def test_every_experiment_refuses_at_once_and_leaves_no_record(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    lists = {'imagenet': {}, 'coco': {'scene_size': []}, 'ade20k': {'scene_kinds': []}}[name]
+    for wrong in ({'n_train': -1}, {'n_valid': 'many'}, {'seed': -1}, {'amp': 'fp8'}, {'recipe_name': 'best'},
+                  {'model': ''},
+                  {'threads': 1.5}, {'sede': 1}, {'data_dir': 'nowhere'}, *([lists] if lists else [])):
+        with pytest.raises((ValueError, TypeError, FileNotFoundError)) as said:
+            run_cells(ROOT/f'nbs/{name}.ipynb', wrong)
+        (given, value), = wrong.items()
+        assert given in str(said.value) or value == 'nowhere' and 'nowhere' in str(said.value), said.value
+    assert not (tmp_path/'results').exists()
+
+
+@pytest.mark.parametrize('parameters',
+                         [{'seed = 3; open("ran", "w").close(); x': 1}, {'__import__("os")': 1},
+                          {'seed\nopen("ran", "w")': 1},
+                                        {'import os': 1}, {1: 2}, {'seed': {1, 2}}])
+def test_names_are_not_run(tmp_path, monkeypatch, parameters):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, TypeError)): run_cells(ROOT/'nbs/coco.ipynb', parameters)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_parameters_and_devices(tmp_path, capsys):
+    for text, words in (('- 1', 'holds a list'), ('a: [', 'cannot be read'),
+                        ('a: !!python/object/apply:os.getcwd []', 'cannot be read')):
+        (tmp_path/'x.yaml').write_text(text)
+        with pytest.raises(ValueError, match=words): read_parameters(tmp_path/'x.yaml')
+    with pytest.raises(ValueError, match='file: .*no.yaml cannot be read'): read_parameters(tmp_path/'no.yaml')
+    assert read_parameters('',
+                           [('seed', '3'), ('rows', '[a, b]'),
+                            ('label', '')]) == {'seed': 3, 'rows': ['a', 'b'], 'label': ''}
+    with pytest.raises(SystemExit): main([str(ROOT/'nbs/coco.ipynb'), '--device', 'tpu'])
+    assert "invalid choice: 'tpu'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match='allowed: the path of an .ipynb'): main(['nowhere.ipynb'])

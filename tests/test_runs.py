@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from localmamba.runs import (Run, collect, compare_parameters, environment, read_csv, read_json,
+from localmamba.runs import (Run, collect, comments, compare_parameters, environment, read_csv, read_json,
+                             refuse_values,
                              run_name, summarise, write_csv, write_json)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -322,3 +323,38 @@ def test_without_a_history_the_plain_values_are_returned(tmp_path):
         shell.run('p = check_parameters()')
         assert shell.exc is None and shell.user_ns['p'] == {'epochs': 3, 'name': 'x'}
     finally: InteractiveShell._instance = before
+
+
+CELL = """epochs = 30  # passes over the data
+seed = 0  # of everything
+n_train = 400  # images; 0: all
+share = 0.1  # of the images, 0 to 1
+lr = 1e-3  # peak
+warmup = -1  # steps; -1: a tenth
+rows = ['h', 'v']  # what is compared
+size = [64, 80]  # pixels
+model = 'nano'  # of timm
+label = ''  # shown
+"""
+DEFAULTS = dict(epochs=30, seed=0, n_train=400, share=0.1, lr=1e-3, warmup=-1, rows=['h', 'v'], size=[64, 80],
+                model='nano',
+                label='')
+
+@pytest.mark.parametrize('wrong, error, words', [
+    (dict(epochs=0), ValueError, "parameter 'epochs': got 0; allowed: 1 to"), (dict(epochs=-3), ValueError, 'got -3'),
+    (dict(epochs=10 ** 15), ValueError, 'allowed: 1 to 4294967295'), (dict(n_train=-1), ValueError, 'allowed: 0 to'),
+    (dict(share=1.5), ValueError, 'allowed: 0 to 1'), (dict(share=float('nan')), ValueError, 'got nan'),
+    (dict(lr=0.), ValueError, 'not 0'), (dict(lr=float('inf')), ValueError, 'got inf'),
+    (dict(warmup=-2), ValueError, 'allowed: -1'),
+    (dict(rows=[]), ValueError, "'rows': got an empty list"),
+    (dict(rows=['h', 3]), TypeError, 'got 3 .int. in it; allowed: str'),
+    (dict(size=[64, -1]), ValueError, 'got -1 in it'), (dict(size=['64']), TypeError, 'allowed: int'),
+    (dict(model=''), ValueError, "'model': got ''"), (dict(model='giant'), ValueError, "allowed: 'nano', 'micro'")])
+def test_values_that_make_no_sense(wrong, error, words):
+    with pytest.raises(error, match=words):
+        refuse_values(DEFAULTS, DEFAULTS | wrong, comments(CELL), model=('nano', 'micro'))
+
+def test_values_that_do():
+    right = dict(epochs=1, n_train=0, share=1., warmup=-1, rows=['w2'], size=[1, 2, 3], label='x', model='micro',
+                 seed=2 ** 32 - 1)
+    refuse_values(DEFAULTS, DEFAULTS | right, comments(CELL), model=('nano', 'micro'))

@@ -126,11 +126,10 @@ def test_one_channel_of_numbers_in_any_depth(tmp_path, mode):
     np.testing.assert_array_equal(read_labels(tmp_path/'a.png', 7), np.where(numbers == 0, IGNORE, numbers - 1))
 
 @pytest.mark.parametrize('change, words',
-                         [(lambda a: a.convert('RGB'), 'colours or bits'),
-                          (lambda a: a.convert('1'), 'colours or bits'),
+                         [(lambda a: a.convert('RGB'), 'colours or fractions'),
                                            (lambda a: a.resize((64, 48), 0), 'has 48x64 pixels'),
                                            (lambda a: Image.fromarray(np.asarray(a).astype(np.uint16) * 300),
-                                            'allowed: 0 (unlabelled) to 12')])
+                                            'allowed: 0 to 12')])
 def test_wrong_annotations(mine, change, words):
     path = annotation(mine)
     change(Image.open(path)).save(path)
@@ -170,9 +169,10 @@ def test_corrupt_images_are_named_or_counted(mine, capsys):
 def test_coco_semantic(tmp_path):
     for part in ('train2017', 'semantic/train2017'): (tmp_path/part).mkdir(parents=True)
     Image.new('RGB', (8, 6)).save(tmp_path/'train2017/1.jpg')
-    Image.fromarray(np.full((6, 8), 3, np.uint8)).save(tmp_path/'semantic/train2017/1.png')
+    Image.fromarray(np.full((6, 8), [3] * 7 + [1], np.uint8)).save(tmp_path/'semantic/train2017/1.png')
     (tmp_path/'semantic/classes.json').write_text(json.dumps([{'id': i, 'name': str(i)} for i in (1, 2, 3)]))
-    assert (coco_semantic(tmp_path)[0][1] == 2).all()
+    with pytest.warns(UserWarning, match='1 of 3 are in none of the 1 training label maps: 2'):
+        assert (coco_semantic(tmp_path)[0][1] == [2] * 7 + [0]).all()
     (tmp_path/'semantic/classes.json').write_text(json.dumps([{'id': i, 'name': str(i)} for i in (1, 2, 4)]))
     with pytest.raises(ValueError, match='are not 1 to 3'): coco_semantic(tmp_path)
 
@@ -231,6 +231,33 @@ def test_validation_images_of_one_size_share_a_batch(mine):
 
 
 # --- judging
+
+@pytest.mark.parametrize('name', ['test_local_vim', 'test_local_vmamba', 'resnet18'])
+@pytest.mark.parametrize('channels', [1, 4])
+def test_images_of_any_number_of_channels(name, channels):
+    net = segmenter(name, 3, backbone=dict(in_chans=channels), channels=8, aux_channels=0).eval()
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, channels)).astype(np.uint8)
+    assert predict(net, image, (32, 32)).shape == (3, 40, 50)
+    if channels == 1: torch.testing.assert_close(predict(net, image[..., 0], None), predict(net, image, None))
+    with pytest.raises(ValueError, match=rf'image: got shape .*; allowed: \(H, W, {channels}\)'):
+        predict(net, image.repeat(2, 2))
+    with pytest.raises(TypeError, match='image: got float32'): predict(net, image.astype(np.float32))
+
+
+def test_statistics_are_those_of_the_model():
+    net = segmenter('test_local_vmamba', 3,
+                    backbone=dict(pretrained_cfg_overlay=dict(mean=(.5, .5, .5), std=(.25, .5, 1.))),
+                    channels=8, aux_channels=0)
+    assert net.stats == ((.5, .5, .5), (.25, .5, 1.))
+    seen = []
+    net.backbone.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    predict(net.eval(), np.full((32, 32, 3), 255, np.uint8), None)
+    torch.testing.assert_close(seen[0][0, :, 0, 0], torch.tensor([2., 1., .5]))
+
+
+def test_one_class_is_refused():
+    with pytest.raises(ValueError, match='num_classes: got 1; allowed: 2 or more'): segmenter('test_local_vim', 1)
+
 
 def test_confusion_adds_up_over_images_and_counts_by_hand():
     target, pred = torch.tensor([[0, 0, 1], [1, IGNORE, 2]]), torch.tensor([[0, 1, 1], [1, 2, 0]])

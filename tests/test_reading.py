@@ -1,0 +1,299 @@
+"What files hold is what their owner sees: orientation, depth, left-out files, label maps of one's own, broken COCO files."
+import copy
+import json
+import os
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from localmamba.ade20k import LabelledFolder, ade20k, read_labels
+from localmamba.coco import CocoFolder, average_precision, coco_instances, read_annotations, truth_as_results
+from localmamba.images import TURNS, CorruptImage, UnfitImage, image_folder, image_size, open_image
+from localmamba.photos import photo_folder
+
+RNG = np.random.default_rng(0)
+BLOCKS = RNG.integers(0, 256, (5, 2, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)  # 40 high, 16 wide
+LABELS = RNG.integers(1, 4, (5, 2), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+
+
+def stored(pixels, way):
+    "Pixels as a camera held that way stores them."
+    image = Image.fromarray(pixels)
+    return image if way == 1 else image.transpose(TURNS[{6: 8, 8: 6}.get(way, way)])
+
+def save(pixels, path, way=1, exif=True, **options):
+    tags = Image.Exif()
+    if exif: tags[0x0112] = way
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored(pixels, way).save(path, exif=tags, **options)
+    return path
+
+
+# --- pictures
+
+@pytest.mark.parametrize('suffix, options', [('.jpg', {'quality': 100, 'subsampling': 0}), ('.png', {}), ('.tif', {}),
+                                             ('.tiff', {'compression': 'tiff_lzw'}), ('.webp', {'lossless': True})])
+@pytest.mark.parametrize('way', range(1, 9))
+def test_upright_whatever_the_orientation(tmp_path, suffix, options, way):
+    path = save(BLOCKS, tmp_path/f'a{suffix}', way, **options)
+    read = np.asarray(open_image(path), int)
+    assert read.shape == BLOCKS.shape and abs(read - BLOCKS).max() <= 3
+    assert image_size(path) == (40, 16)
+    as_stored = np.asarray(open_image(path, turn=False), int)
+    assert abs(as_stored - np.asarray(stored(BLOCKS, way), int)).max() <= 3
+
+RAMP = np.arange(256).repeat(4).reshape(16, 64)
+
+@pytest.mark.parametrize('values, suffix', [
+    (RAMP.astype(np.uint8), '.png'), ((RAMP * 257).astype(np.uint16), '.png'), ((RAMP * 257).astype(np.uint16), '.tif'),
+    ((RAMP * 257).astype('>u2'), '.tif'), ((RAMP * 257).astype(np.int32), '.tif'), (RAMP.astype(np.int32), '.tif'),
+    ((RAMP / 255).astype(np.float32), '.tif'), (RAMP.astype(np.float32), '.tif')])
+def test_256_grey_levels_whatever_the_depth(tmp_path, values, suffix):
+    Image.fromarray(values).save(tmp_path/f'a{suffix}')
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path/f'a{suffix}')), np.stack([RAMP] * 3, -1))
+
+def drawn(mode):
+    "Left half red (or dark), right half transparent where the mode knows it."
+    image = Image.new('RGBA', (8, 4), (255, 0, 0, 255))
+    image.paste((9, 9, 9, 0), (4, 0, 8, 4))
+    if mode == 'P':
+        image = Image.new('P', (8, 4), 0)
+        image.putpalette([255, 0, 0, 9, 9, 9])
+        image.paste(1, (4, 0, 8, 4))
+        image.info['transparency'] = 1
+    return image if mode in ('RGBA', 'P') else image.convert(mode)
+
+@pytest.mark.parametrize('mode, left, right', [('RGBA', (255, 0, 0), (255,) * 3), ('P', (255, 0, 0), (255,) * 3),
+                                               ('LA', (76,) * 3, (255,) * 3)])
+def test_what_is_transparent_is_paper(tmp_path, mode, left, right):
+    image = drawn(mode)
+    image.save(tmp_path/'a.png', **({'transparency': 1} if mode == 'P' else {}))
+    read = np.asarray(open_image(tmp_path/'a.png'))
+    assert tuple(read[0, 0]) == left and tuple(read[0, 7]) == right
+    assert open_image(tmp_path/'a.png', 'RGBA').mode == 'RGBA'
+
+def test_bits_and_inks(tmp_path):
+    Image.fromarray(RAMP > 99).save(tmp_path/'bits.png')
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path/'bits.png'))[..., 1], (RAMP > 99) * 255)
+    Image.fromarray(BLOCKS).convert('CMYK').save(tmp_path/'inks.tif')
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path/'inks.tif')), BLOCKS)
+
+@pytest.mark.parametrize('make, error, words', [
+    (lambda p: Image.fromarray(np.float32([[0, 300]])).save(p/'a.tif'), UnfitImage, 'from 0 to 300'),
+    (lambda p: Image.fromarray(np.float32([[0, np.nan]])).save(p/'a.tif'), UnfitImage, 'not finite'),
+    (lambda p: Image.fromarray(np.int32([[-1, 5]])).save(p/'a.tif'), UnfitImage, 'from -1 to 5'),
+    (lambda p: drawn('L').save(p/'a.gif', save_all=True, append_images=[Image.new('L', (8, 4))]), UnfitImage, 'got 2 pictures'),
+    (lambda p: (p/'a.jpg').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'), CorruptImage, 'no picture of a format'),
+    (lambda p: (p/'a.png').write_bytes(b''), CorruptImage, 'the file is empty'),
+    (lambda p: (p/'a.png').write_bytes(b'\x89PNG\r\n\x1a\n'), CorruptImage, 'corrupt image'),
+    (lambda p: os.mkfifo(p/'a.png'), UnfitImage, 'a pipe or a device'),
+    (lambda p: (p/'a.png').mkdir(), UnfitImage, 'a folder')])
+def test_what_cannot_be_meant_is_refused_with_its_path(tmp_path, make, error, words):
+    make(tmp_path)
+    path, = tmp_path.iterdir()
+    with pytest.raises(error) as e: open_image(path)
+    assert words in str(e.value) and str(path) in str(e.value)
+
+def test_every_damage_is_a_corrupt_image(tmp_path):
+    rng = np.random.default_rng(1)
+    for suffix, options in (('.jpg', {}), ('.png', {}), ('.tif', {'compression': 'tiff_lzw'}), ('.webp', {}), ('.gif', {}), ('.bmp', {})):
+        whole = save(BLOCKS, tmp_path/f'a{suffix}', 1, **options).read_bytes()
+        for _ in range(40):
+            broken = bytearray(whole[:rng.integers(1, len(whole))] if rng.random() < 0.3 else whole)
+            for at in rng.integers(0, len(broken), 3): broken[at] = rng.integers(0, 256)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                try: assert open_image('x', content=bytes(broken)).mode == 'RGB'
+                except (CorruptImage, UnfitImage) as e: assert ' x' in str(e)
+
+def folder(root, n=2):
+    for split in ('train', 'val'):
+        for cls in 'ab':
+            for i in range(n): save(BLOCKS, root/split/cls/f'{i}.png', 1)
+    return root
+
+def test_too_large_is_not_corrupt(tmp_path, monkeypatch):
+    root = folder(tmp_path)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 300)
+    with pytest.raises(UnfitImage, match='image too large'): image_folder(root, skip_corrupt=True, cache=False)
+
+def test_readers_see_the_same_and_count_the_rest(tmp_path, capsys):
+    root = folder(tmp_path)
+    save(BLOCKS, root/'train/a/x.tif', 6), save(BLOCKS, root/'train/a/y.WEBP', 6, lossless=True), save(BLOCKS, root/'train/b/z.gif', 1)
+    (root/'train/a/notes.txt').touch(), (root/'train/a/.hidden.png').touch(), (root/'train/c').mkdir()
+    (root/'train/a/loop.png').symlink_to(root/'train/a/loop.png'), (root/'train/a/inner').symlink_to(root/'train/a')
+    os.mkfifo(root/'train/b/pipe.png')
+    train, valid = image_folder(root, size=16, cache=False)
+    photos = photo_folder(root, 'train')
+    assert train.classes == photos.classes == photo_folder(root, 'valid').classes == ('a', 'b')
+    assert len(train) == len(photos) == 7 and train.labels.tolist() == photos.labels.tolist() and len(valid) == 4
+    np.testing.assert_array_equal(np.asarray(photos[2][0]), BLOCKS)
+    said = capsys.readouterr().out
+    assert '1 hidden' in said and 'of another kind (.txt)' in said and '1 folders without a picture' in said
+    assert 'pipes, devices or broken links' in said or '1 links to themselves' in said
+    image_folder(root, size=16, cache=False)
+    assert not capsys.readouterr().out
+
+
+# --- label maps
+
+def segmentation(root, maps, classes, image=BLOCKS):
+    for split in ('training', 'validation'):
+        for i, labels in enumerate(maps):
+            save(image, root/f'images/{split}/{i}.png'), save(np.asarray(labels, np.uint8), root/f'annotations/{split}/{i}.png')
+    if classes: (root/'classes.json').write_text(json.dumps(classes if isinstance(classes[0], dict) else [{'name': c} for c in classes]))
+    return root
+
+HALVES = np.repeat([[0, 1]], 40, 0).repeat(8, 1)
+
+@pytest.mark.parametrize('classes, maps, options, expected', [
+    (['background', 'building'], [HALVES], {}, [0, 1]), (['background', 'building'], [HALVES * 255], {}, [0, 1]),
+    (['background', 'building'], [HALVES + 1], {}, [0, 1]), (['road', 'car'], [HALVES], {'label_zero': 'class'}, [0, 1]),
+    (['road', 'car'], [HALVES * 255], {}, [0, 1]), (['road', 'car'], [HALVES, HALVES + 1], {'label_zero': 'ignored'}, [255, 0]),
+    ([{'name': 'car', 'label': 1}, {'name': 'road', 'label': 0}], [HALVES], {}, [1, 0]),
+    ([{'name': 'car', 'label': 7}, {'name': 'road', 'label': 3}], [HALVES * 4 + 3], {}, [1, 0]),
+    (['background', 'building'], [np.where(np.arange(40)[:, None] < 9, 9, HALVES)], {'ignored': (9,)}, [255, 255])])
+def test_labels_are_as_written(tmp_path, classes, maps, options, expected):
+    for split in ('training', 'validation'):
+        _, labels = ade20k(segmentation(tmp_path, maps, classes), split, **options)[0]
+        assert labels[0, [0, -1]].tolist() == expected
+
+@pytest.mark.parametrize('classes, maps, options, words', [
+    (['building'], [HALVES], {}, 'name what is around it'), (['road', 'car'], [HALVES], {}, "label_zero='class'"),
+    (['road', 'car'], [HALVES], {'label_zero': 'ignored'}, "label_zero='class'"), (None, [HALVES], {}, "only 'wall'"),
+    (['background', 'building'], [HALVES * 2], {}, 'allowed'), (['a', 'b', 'c'], [HALVES * 8 + 1], {}, 'ignored=(9,)'),
+    (['a', 'b'], [HALVES + 1], {'label_zero': 'x'}, "label_zero: got 'x'"), (['a', 'b'], [HALVES + 1], {'ignored': ('x',)}, 'ignored: got'),
+    ([{'name': 'a'}, {'name': 'a'}], [HALVES + 1], {}, "name: got 'a'"), ([{'name': 'a'}, {'name': 3}], [HALVES + 1], {}, 'entry 2: name'),
+    ([{'name': 'a', 'colour': [1, 2]}, {'name': 'b', 'colour': [1, 2, 3]}], [HALVES + 1], {}, 'entry 1: colour'),
+    ([{'name': 'a', 'colour': [1, 2, 256]}, {'name': 'b'}], [HALVES + 1], {}, 'entry 1: colour'),
+    ([{'name': 'a', 'label': 1}, {'name': 'b', 'label': 1}], [HALVES + 1], {}, 'label: got')])
+def test_labels_that_cannot_be_meant(tmp_path, classes, maps, options, words):
+    with pytest.raises(ValueError) as e: ade20k(segmentation(tmp_path, maps, classes), **options)
+    assert words in str(e.value)
+
+def test_a_class_that_no_map_holds_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match='1 of 3 are in none of the 1 training label maps: b'):
+        ade20k(segmentation(tmp_path, [HALVES * 2 + 1], ['a', 'b', 'c']))
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '{"name": "a"}', '[1, 2]', '[{"name": ""}, {"name": "b"}]', '[' * 9999, 'null'])
+def test_broken_class_lists(tmp_path, text):
+    (segmentation(tmp_path, [HALVES + 1], ['a', 'b'])/'classes.json').write_text(text)
+    with pytest.raises(ValueError, match='classes.json'): ade20k(tmp_path)
+
+@pytest.mark.parametrize('way', range(1, 9))
+@pytest.mark.parametrize('how', ['as seen', 'turned too', 'as stored'])
+def test_masks_lie_on_their_pictures(tmp_path, way, how):
+    if how == 'as stored' and way < 5: return  # as large as what is seen: taken as seen
+    save(BLOCKS, tmp_path/'images/a.png', way)
+    if how == 'as seen': save(LABELS, tmp_path/'maps/a.png', 1, exif=False)
+    else: save(LABELS, tmp_path/'maps/a.png', way, exif=how == 'turned too')
+    data = LabelledFolder(tmp_path/'images', tmp_path/'maps', 'abc')
+    image, labels = data[0]
+    np.testing.assert_array_equal(image, BLOCKS)
+    np.testing.assert_array_equal(labels, LABELS - 1)
+    assert data.size(0) == (40, 16)
+
+def test_two_files_of_one_name(tmp_path, capsys):
+    segmentation(tmp_path, [HALVES + 1], ['a', 'b'])
+    save(BLOCKS, tmp_path/'images/training/0.jpg')
+    data = ade20k(tmp_path)
+    assert len(data) == 1 and data.files[0][0].name == '0.jpg' and 'of a name that another has (0.png)' in capsys.readouterr().out
+
+def test_bits_are_labels(tmp_path):
+    Image.fromarray(HALVES.astype(bool)).save(tmp_path/'a.png')
+    assert read_labels(tmp_path/'a.png', 2, (0, 1), ())[0].tolist() == HALVES[0].tolist()
+
+
+# --- COCO
+
+TRUTH = {'images': [{'id': 1, 'file_name': 'a.png', 'height': 40, 'width': 16}, {'id': 2, 'file_name': 'b.png', 'height': 40, 'width': 16}],
+         'categories': [{'id': 1, 'name': 'thing'}, {'id': 3, 'name': 'other'}],
+         'annotations': [{'id': 1, 'image_id': 1, 'category_id': 1, 'bbox': [2, 4, 9, 20], 'area': 180, 'iscrowd': 0,
+                          'segmentation': [[2, 4, 11, 4, 11, 24, 2, 24]]},
+                         {'id': 2, 'image_id': 1, 'category_id': 3, 'bbox': [0, 0, 4, 4], 'area': 16, 'iscrowd': 0,
+                          'segmentation': {'size': [40, 16], 'counts': [0, 4, 36, 4, 36, 4, 36, 4, 516]}}]}
+
+def written(root, held):
+    for name in ('a', 'b'): save(BLOCKS, root/f'val2017/{name}.png')
+    (root/'annotations').mkdir(exist_ok=True)
+    (root/'annotations/instances_val2017.json').write_text(held if isinstance(held, str) else json.dumps(held))
+    return root
+
+ODD = [None, True, 'x', '', '1', [], [1], {}, {'a': 1}, float('nan'), float('inf'), -float('inf'), 1e300, 10**400, 0.5, -1]
+RIGHT = {  # values of `ODD` by their index that are all right for a field
+    ('images', 'id'): (15,), ('images', 'file_name'): (2, 4), ('images', 'height'): (), ('images', 'width'): (),
+    ('categories', 'id'): (2, 4, 15), ('categories', 'name'): (2, 4), ('annotations', 'id'): (15,), ('annotations', 'image_id'): (),
+    ('annotations', 'category_id'): (), ('annotations', 'bbox'): (), ('annotations', 'area'): (14,), ('annotations', 'iscrowd'): (1,),
+    ('annotations', 'segmentation'): ()}
+
+@pytest.mark.parametrize('part, key', RIGHT, ids=lambda x: x)
+def test_every_field_of_every_kind(tmp_path, part, key):
+    "16 odd values and none at all, in each field: refused at opening with the entry's id, or read."
+    path = tmp_path/'a.json'
+    for i, value in [*enumerate(ODD), (None, 'gone')]:
+        held = copy.deepcopy(TRUTH)
+        if i is None: del held[part][0][key]
+        else: held[part][0][key] = value
+        path.write_text(json.dumps(held))
+        if i is None and key in ('area', 'iscrowd') or i in RIGHT[part, key]:
+            if key == 'id' and part != 'annotations': held |= {'annotations': [], part: held[part][:1]}
+            path.write_text(json.dumps(held))
+            read_annotations(path)
+            continue
+        with pytest.raises(ValueError) as e: read_annotations(path)
+        assert str(path) in str(e.value) and (key in str(e.value) or 'id' in key), (value, str(e.value))
+
+@pytest.mark.parametrize('value', [
+    [2, 4, -9, 20], [2, 4, 9, -1], [0, 0, 1e9, 1], [2, 4, 9], [2, 4, 9, 20, 1], ['2', 4, 9, 20], [2, 4, 9, float('nan')], [True, 4, 9, 20], [[2], 4, 9, 20]])
+def test_boxes(tmp_path, value): refused(tmp_path, 'bbox', value)
+
+@pytest.mark.parametrize('value', [
+    [], [[]], [[1, 2]], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5]], [1, 2, 3, 4, 5, 6], [['1', 2, 3, 4, 5, 6]], [[1, 2, 3, 4, 5, 1e9]],
+    [[1, 2, 3, 4, 5, float('nan')]], [None], {'size': [40, 16]}, {'counts': [640]}, {'size': [16, 40], 'counts': [640]}, {'size': 640, 'counts': [640]},
+    {'size': [40, 16], 'counts': [639]}, {'size': [40, 16], 'counts': [641]}, {'size': [40, 16], 'counts': [-1, 641]},
+    {'size': [40, 16], 'counts': 'abc'}, {'size': [40, 16], 'counts': '\x7f'}, {'size': [40, 16], 'counts': 'P'}, {'size': [40, 16], 'counts': None}])
+def test_masks(tmp_path, value): refused(tmp_path, 'segmentation', value)
+
+def refused(tmp_path, key, value):
+    held = copy.deepcopy(TRUTH)
+    held['annotations'][1][key] = value
+    with pytest.raises(ValueError, match=f'annotation 2: {key}: got .*allowed: '): coco_instances(written(tmp_path, held), 'validation')
+
+@pytest.mark.parametrize('text', ['', '[]', 'null', '{', '3', '{"images": {}}', '{"images": [], "categories": [], "annotations": []}', '[' * 99999,
+                                  '{"images": [1], "categories": [], "annotations": []}'])
+def test_what_is_no_coco_file(tmp_path, text):
+    with pytest.raises(ValueError, match='instances_val2017.json'): coco_instances(written(tmp_path, text), 'validation')
+
+def test_odd_but_meant(tmp_path):
+    held = copy.deepcopy(TRUTH)
+    held['categories'] = [{'id': 'thing', 'name': 'thing'}, {'id': 'other', 'name': 'other'}]
+    for i, a in enumerate(held['annotations']): a |= {'id': -i, 'category_id': held['categories'][i]['id']}
+    held['annotations'][0]['segmentation'].append([1, 2, 3, 4])
+    data = coco_instances(written(tmp_path, held), 'validation')
+    assert data.classes == ('other', 'thing') and len(data) == 2 and [len(e[1]) for e in data.entries] == [2, 0]
+    assert average_precision(data, truth_as_results(data))[0]['AP_box'] == average_precision(data, truth_as_results(data))[0]['AP_mask'] == 100
+    assert data[0][1]['masks'].sum() == 180 + 16 and len(data[1][1]['boxes']) == 0
+
+def test_boxes_alone(tmp_path):
+    held = copy.deepcopy(TRUTH)
+    for a in held['annotations']: del a['segmentation']
+    with pytest.raises(ValueError, match='masks=False'): coco_instances(written(tmp_path, held), 'validation')
+    data = coco_instances(tmp_path, 'validation', masks=False)
+    assert 'masks' not in data[0][1] and data[0][1]['boxes'].tolist() == [[2, 4, 11, 24], [0, 0, 4, 4]]
+    scores = average_precision(data, truth_as_results(data))[0]
+    assert scores['AP_box'] == 100 and 'AP_mask' not in scores
+    with pytest.raises(ValueError, match='kinds'): average_precision(data, [], ('mask',))
+
+@pytest.mark.parametrize('way', range(1, 9))
+def test_boxes_fit_turned_pictures(tmp_path, way):
+    held = copy.deepcopy(TRUTH)
+    save(BLOCKS, written(tmp_path, held)/'val2017/a.png', way)
+    np.testing.assert_array_equal(coco_instances(tmp_path, 'validation')[0][0], BLOCKS)
+    if way < 5: return
+    held['images'][0] |= {'height': 16, 'width': 40}  # annotated as it is stored
+    held['annotations'] = held['annotations'][:1]
+    written(tmp_path, held)
+    save(BLOCKS, tmp_path/'val2017/a.png', way)
+    np.testing.assert_array_equal(CocoFolder(tmp_path/'val2017', tmp_path/'annotations/instances_val2017.json')[0][0], np.asarray(stored(BLOCKS, way)))

@@ -1,0 +1,116 @@
+"Verdicts recomputed without the project's own functions, hashes that must not change, and the plan of the miniature."
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from localmamba import study
+from localmamba.miniature import PLAN, forecast, settings
+from localmamba.runs import collect, run_name
+
+ROOT = Path(__file__).parent.parent
+
+
+def raw(experiment, data):
+    "Parameters and metrics of every record, by json alone."
+    for path in sorted((ROOT/'results'/experiment/data/'runs').glob('*/metrics.json')):
+        yield json.loads(path.with_name('params.json').read_text()), json.loads(path.read_text())
+
+
+def by_hand(claim, data):
+    "Paired differences of a claim from raw records: plain loops."
+    seen = {}
+    for params, metrics in raw(claim.experiment, data):
+        if claim.model and params.get('model') != claim.model or claim.value not in metrics: continue
+        seen.setdefault((params.get('model'), params['seed']), {}).setdefault(params['row'], []).append(metrics[claim.value])
+    means = [{row: np.mean(values) for row, values in rows.items()} for rows in seen.values()]
+    both = [m for m in means if {*claim.row, *claim.base} <= set(m)]
+    return np.array([np.mean([m[r] for r in claim.row]) for m in both]), np.array([np.mean([m[r] for r in claim.base]) for m in both])
+
+
+@pytest.mark.parametrize('data', ['cifar10', 'miniature'])
+def test_verdicts_recomputed_from_raw_metrics(data):
+    table, expected = study.verdicts(data), []
+    for claim in study.CLAIMS:
+        row, base = by_hand(claim, data)
+        p = stats.ttest_rel(row, base).pvalue if len(row) > 1 else 1.
+        low, high = stats.t.interval(.95, len(row) - 1, np.mean(row - base), stats.sem(row - base)) if len(row) > 1 else (np.nan, np.nan)
+        expected.append([len(row), np.mean(row - base) if len(row) else np.nan, low, high, p])
+    counts, mean, low, high, p = map(np.array, zip(*expected))
+    order, corrected, worst = sorted(range(len(p)), key=lambda i: p[i]), [None] * len(p), 0.
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1., p[i] * (len(p) - rank)))
+        corrected[i] = worst
+    assert table.pairs.tolist() == counts.tolist()
+    for name, values in (('mean', mean), ('low', low), ('high', high), ('p', corrected)):
+        np.testing.assert_allclose(table[name], values, rtol=1e-9, atol=1e-12)
+    for i, line in table.iterrows():
+        sure = corrected[i] < .05
+        right = ('no record' if not counts[i] else 'holds' if sure and mean[i] * line['sign'] > 0 else 'contradicted' if sure else
+                 'no difference above 1 point' if -1 < low[i] and high[i] < 1 else 'not decided')
+        assert line.verdict == right, line.claim
+
+
+def test_holm_is_the_one_of_statsmodels():
+    multitest = pytest.importorskip('statsmodels.stats.multitest')
+    p = np.random.default_rng(0).uniform(0, .1, 24)
+    np.testing.assert_allclose(study.holm(p), multitest.multipletests(p, method='holm')[1])
+
+
+def recipe_cell(experiment, given):
+    "The recipe that a notebook makes of its parameters: its cells up to there."
+    space = {'__name__': '__main__'}
+    for cell in json.loads((ROOT/f'nbs/{experiment}.ipynb').read_text())['cells']:
+        if cell['cell_type'] != 'code': continue
+        source = ''.join(cell['source'])
+        if 'parameters' in cell['metadata'].get('tags', []):
+            exec(source, space)
+            defaults = {node.targets[0].id for node in ast.parse(source).body}
+            space.update(given, check_parameters=lambda: {name: space[name] for name in defaults})
+        elif 'recipe = recipe_of(' in source:
+            from localmamba.study import recipe_of
+            start = source.index('recipe = recipe_of(')
+            exec('params = check_parameters()\n' + source[start:source.index('\nresults', start)], space | {'recipe_of': recipe_of}, space)
+            return space['recipe']
+
+
+OWN = {'row', 'directions', 'scattn', 'scattn_at', 'seed', 'model', 'draw', 'search', 'epochs'}
+
+@pytest.mark.parametrize('experiment', ['ablation_scan', 'ablation_scattn', 'ablation_search', 'search_directions', 'receptive_fields'])
+def test_the_names_of_recorded_runs_have_not_changed(experiment):
+    given = yaml.safe_load((ROOT/f'nbs/configs/{experiment}/cifar10.yaml').read_text())
+    recipe, seen = recipe_cell(experiment, given), 0
+    for params, _ in raw(experiment, 'cifar10'):
+        assert {k: v for k, v in params.items() if k not in OWN} == {k: v for k, v in recipe.items() if k not in OWN}
+        seen += 1
+    for folder in (ROOT/f'results/{experiment}/cifar10/runs').iterdir():
+        assert run_name(json.loads((folder/'params.json').read_text()), 'x')[-8:] == folder.name[-8:]
+    assert seen
+
+
+def test_tables_made_again_are_those_recorded():
+    import pandas as pd
+    for experiment, by in (('ablation_scan', ['row']), ('ablation_scattn', ['model', 'row'])):
+        table = pd.read_csv(ROOT/f'results/{experiment}/cifar10/table.csv')
+        again = study.row_table(collect(experiment, 'cifar10', ROOT), by).set_index(by).loc[pd.MultiIndex.from_frame(table[by]) if len(by) > 1 else table.row]
+        for name in ('top1_mean', 'top1_std', 'seeds', 'params_m'): np.testing.assert_allclose(again[name], table[name])
+
+
+def test_the_protocol_names_every_claim():
+    lines = (ROOT/'results/miniature/PROTOCOL.md').read_text().split('<!-- claims -->')[1].split('<!-- end -->')[0].splitlines()
+    named = [line.split(' | ')[0].strip('| ') for line in lines if line.startswith('| ')][1:]
+    assert named == [claim.text for claim in study.CLAIMS]
+
+
+def test_the_plan_is_what_the_configurations_say():
+    for job in PLAN:
+        given = settings(job)
+        assert given['record'] == 'miniature' and (ROOT/f'nbs/{job.experiment}.ipynb').exists()
+        if 'rows' in given: assert job.runs == len(given['rows']) * (2 if job.experiment == 'ablation_scattn' else 1)
+    lines = forecast(root=ROOT)
+    assert [line['seed'] for line in lines] == sorted(line['seed'] for line in lines), 'seeds are the outer loop'
+    assert sum(line['hours_done'] + line['hours_left'] for line in lines) < 45
