@@ -1,5 +1,7 @@
 # make ablation_scan            set up .venv, run the main experiment
 # make <experiment> ARGS="-p epochs 30"
+# make miniature                the paper in small, hours of every core, to be stopped and started (ARGS=--forecast, --quick)
+# make speedrun                 CIFAR-10 with a model below 1 M parameters
 # make results                  write the README's tables and figures from the records
 # make test                     set up .venv, test every notebook and the rest
 # make check                    the short test: package in step, ruff, what is fast
@@ -14,7 +16,7 @@ EXPERIMENTS := $(filter-out index results, $(basename $(notdir $(wildcard nbs/[a
 # Certificates are the system's, as for pip, so that a company's proxy is no obstacle.
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: help env test check slow lab export lock results $(EXPERIMENTS)
+.PHONY: help env test check slow lab export lock results miniature speedrun $(EXPERIMENTS)
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -34,6 +36,14 @@ env: .venv/.ready
 $(EXPERIMENTS): env
 	mkdir -p results/$@
 	$(BIN)/papermill nbs/$@.ipynb results/$@/executed.ipynb $(ARGS)
+
+miniature: env
+	$(BIN)/python -W ignore -m localmamba.miniature $(ARGS)
+
+# One line of results/speedrun/README.md; ARGS="-p seed 1" for another try.
+speedrun: env
+	mkdir -p results/speedrun
+	$(BIN)/papermill nbs/imagenet.ipynb results/speedrun/executed.ipynb -f nbs/configs/imagenet/speedrun.yaml $(ARGS)
 
 results: env
 	$(BIN)/papermill nbs/results.ipynb results/executed.ipynb $(ARGS)

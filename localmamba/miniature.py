@@ -10,6 +10,7 @@ import argparse, os, signal, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import yaml
+from .progress import running_kernel
 from .runs import project_root, read_json
 
 # %% ../nbs/lib/43b_miniature.ipynb #15f43eb5
@@ -152,4 +153,4 @@ def main(
 
 # %% ../nbs/lib/43b_miniature.ipynb #481e0bd1
 #| eval: false
-if __name__ == '__main__': main()
+if __name__ == '__main__' and running_kernel() is None: main()

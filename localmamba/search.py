@@ -23,7 +23,7 @@ from fastai.callback.core import Callback
 from torch import Tensor, nn
 
 from .files import write_text
-from .mixer import ScanMixer, check_choice, check_directions, layer_directions
+from .mixer import ScanMixer, check_choice, check_directions, facts_in, layer_directions
 from .models.weights import read_checkpoint
 from .scan import DIRECTIONS
 
@@ -34,7 +34,7 @@ def _natural(name): return [int(part) if part.isdigit() else part for part in re
 
 def _candidates_of(state):
     "What our own state dicts say of their directions; None where they do not."
-    known = {tuple(layer['directions']) for layer in getattr(state, '_metadata', {}).values() if 'directions' in layer}
+    known = {tuple(said['directions']) for said in facts_in(state).values() if 'directions' in said}
     return known.pop() if len(known) == 1 else None
 
 def _candidates_of_model(model):
@@ -81,7 +81,7 @@ def top_directions(
     "The `top` heaviest candidates of each layer."
     weights = np.asarray(weights, dtype=np.float64)
     if weights.ndim != 2 or weights.shape[1] != len(candidates):
-        raise ValueError(f'weights: got shape {weights.shape}; allowed: (layers, {len(candidates)}), a column a candidate')
+        raise ValueError(f'weights: got shape {weights.shape}; allowed: (layers, {len(candidates)})')
     if not np.isfinite(weights).all(): raise ValueError('weights: got NaN or infinity; allowed: finite numbers')
     _check_top(top, candidates)
     ranking = np.argsort(-weights, axis=1, kind='stable')

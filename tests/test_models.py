@@ -1,4 +1,8 @@
 "The models as others use them: timm, fastai, torch.compile, torch.export, autocast, and the command line."
+import copy
+import io
+import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -7,10 +11,18 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from timm.optim import param_groups_layer_decay
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch import nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
-import localmamba  # noqa: F401  registers the models
+import localmamba.scattn
+from localmamba.cost import count_flops
+from localmamba.mixer import SS2D, VimMixer, without_facts
+from localmamba.models.weights import load_weights, to_released
 
 NAMES = ['test_local_vim', 'test_local_vmamba']
 SIZES = [(32, 32), (30, 51), (7, 64)]
@@ -31,7 +43,8 @@ def test_import_registers_every_name():
 
 
 @pytest.mark.parametrize('size', SIZES, ids=str)
-@pytest.mark.parametrize('name, kwargs', [('test_local_vmamba', {})] + [('test_local_vim', {'readout': r}) for r in ('mean', 'head_cls', 'mid_cls')])
+@pytest.mark.parametrize('name, kwargs', [('test_local_vmamba', {})] + [('test_local_vim', {'readout': r})
+                                                                       for r in ('mean', 'head_cls', 'mid_cls')])
 def test_any_size_without_memory(name, kwargs, size):
     model = timm.create_model(name, **kwargs).eval()
     image, other = torch.randn(2, 3, *size), torch.randn(1, 3, 40, 24)
@@ -44,10 +57,11 @@ def test_any_size_without_memory(name, kwargs, size):
 
 def test_wide_and_tall_images_see_the_same_pixels(name):
     "A model that scans rows and columns alike commutes with transposing the image, if its weights do."
-    model = timm.create_model(name, directions=('h', 'v'), scattn='none', **({'rope': False, 'abs_pos_embed': False} if 'vim' in name else {})).eval()
+    options = dict(scattn='none') | ({'rope': False, 'abs_pos_embed': False} if 'vim' in name else {})
+    model = timm.create_model(name, directions=('h', 'v'), **options).eval()
     image = torch.randn(2, 3, 24, 40)
-    swapped = timm.create_model(name, directions=('v', 'h'), scattn='none', **({'rope': False, 'abs_pos_embed': False} if 'vim' in name else {})).eval()
-    state = dict(model.state_dict())  # a plain dict: the directions differ on purpose
+    swapped = timm.create_model(name, directions=('v', 'h'), **options).eval()
+    state = without_facts(model.state_dict())  # the directions differ on purpose
     for key, value in state.items():
         if 'patch_embed.proj.weight' in key or 'conv2d.weight' in key: state[key] = value.mT.contiguous()
         if 'reduction.weight' in key or 'downsample.norm' in key:
@@ -64,7 +78,8 @@ def test_heads_and_features(name):
     model.reset_classifier(7)
     assert model(x).shape == (2, 7) and model.get_classifier().out_features == 7
     backbone = timm.create_model(name, features_only=True, out_indices=(0, 1))
-    for feature, channels, reduction in zip(backbone(x), backbone.feature_info.channels(), backbone.feature_info.reduction()):
+    info = backbone.feature_info
+    for feature, channels, reduction in zip(backbone(x), info.channels(), info.reduction()):
         assert feature.shape == (2, channels, 32 // reduction, 32 // reduction)
 
 
@@ -145,8 +160,8 @@ def test_export(name):
 
 needs_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='no C++ compiler')
 
-@pytest.mark.parametrize('backend, kwargs', [('aot_eager', {}), pytest.param('inductor', {'depth': 1}, marks=needs_compiler)],
-                         ids=['traced', 'compiled'])
+@pytest.mark.parametrize('backend, kwargs', ids=['traced', 'compiled'], argvalues=[
+    ('aot_eager', {}), pytest.param('inductor', {'depth': 1}, marks=needs_compiler)])
 def test_compile(backend, kwargs):
     "One graph, forward and backward; the compiler itself is slow on a CPU, so it gets one small model."
     for name in NAMES[:1] if kwargs else NAMES:
@@ -161,3 +176,222 @@ def test_compile(backend, kwargs):
 def test_the_command_line_says_what_is_there():
     text = subprocess.run([sys.executable, '-m', 'localmamba'], capture_output=True, text=True, check=True).stdout
     for word in ('localmamba', 'torch', 'device', 'reference', 'numba', 'mamba_ssm'): assert word in text
+
+
+# what the weights belong to, in every container
+
+def through_pickle(state):
+    file = io.BytesIO()
+    torch.save(dict(state), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def through_safetensors(state, folder):
+    save_file(state, folder/'weights.safetensors')
+    return load_file(folder/'weights.safetensors')
+
+
+def averaged(model):
+    ema = AveragedModel(model, use_buffers=True)
+    for _ in range(3): ema.update_parameters(model)
+    return ema.module.state_dict()
+
+
+def by_hand(model):
+    ema = {k: v.clone() for k, v in model.state_dict().items()}
+    for _ in range(50):
+        for k, v in model.state_dict().items(): ema[k].mul_(0.99).add_(v, alpha=0.01)
+    return ema
+
+
+def timms(kind, model):
+    ema = kind(model, decay=0.9)
+    ema.update(model)
+    return dict(ema.module.state_dict())
+
+
+CONTAINERS = {
+    'plain': lambda model, folder: dict(model.state_dict()),
+    'torch.save': lambda model, folder: through_pickle(model.state_dict()),
+    'safetensors': lambda model, folder: through_safetensors(model.state_dict(), folder),
+    'averaged': lambda model, folder: averaged(model), 'by hand': lambda model, folder: by_hand(model),
+    'EMA 2': lambda model, folder: timms(ModelEmaV2, model), 'EMA 3': lambda model, folder: timms(ModelEmaV3, model),
+    'half': lambda model, folder: {k: v.half() for k, v in model.state_dict().items()},
+    'bfloat16': lambda model, folder: {k: v.bfloat16() for k, v in model.state_dict().items()}}
+OTHERS = {  # tensors of the same shapes, another model
+    'test_local_vim': [dict(directions=('v', 'v_flip', 'h', 'h_flip')), dict(merge='mean'), dict(padding='ragged'),
+                       dict(rope=False), dict(rope_pretrained_grid=14), dict(scattn_at='merged')],
+    'test_local_vmamba': [dict(directions=('h', 'h_flip', 'w3', 'w2_flip')), dict(merge='mean'), dict(padding='ragged'),
+                          dict(scattn_at='merged')]}
+
+
+@pytest.mark.parametrize('container', CONTAINERS)
+def test_weights_of_another_model_are_refused(name, container, tmp_path):
+    model = timm.create_model(name)
+    state = CONTAINERS[container](model, tmp_path)
+    timm.create_model(name).load_state_dict(state)
+    for kwargs in OTHERS[name][:None if container == 'plain' else 1]:
+        other = timm.create_model(name, **kwargs)
+        with pytest.raises(RuntimeError, match='the weights belong to'): other.load_state_dict(state)
+        with pytest.raises(RuntimeError, match='the weights belong to'): other.load_state_dict(state, strict=False)
+        with pytest.raises(ValueError, match='does not fit this'): load_weights(other, dict(state))
+        assert other.load_state_dict(without_facts(state)).missing_keys == []
+
+
+def test_the_class_token_belongs_to_the_weights():
+    head, middle = (timm.create_model('test_local_vim', readout=r, flip_cls=False) for r in ('head_cls', 'mid_cls'))
+    with pytest.raises(RuntimeError, match="belong to readout='head_cls'; the model has 'mid_cls'"):
+        middle.load_state_dict(dict(head.state_dict()))
+
+
+def test_older_files_have_metadata_only(name):
+    model, other = timm.create_model(name), timm.create_model(name, directions=('v', 'h', 'w2', 'w3'))
+    state = model.state_dict()
+    for where, module in model.named_modules():
+        if isinstance(module, (VimMixer, SS2D)): state._metadata[where]['directions'] = list(module.directions)
+    for key in [k for k in state if k.endswith('_extra_state')]: del state[key]
+    timm.create_model(name).load_state_dict(state)
+    with pytest.raises(RuntimeError, match='the weights belong to directions'): other.load_state_dict(state)
+    with pytest.raises(ValueError, match='the weights belong to directions'): load_weights(other, {'model': state})
+
+
+@pytest.fixture
+def files(name, tmp_path):
+    "A model, and its weights as ours and as released ones."
+    model = timm.create_model(name).eval()
+    save_file(model.state_dict(), tmp_path/'own.safetensors')
+    torch.save({'state_dict': model.state_dict()}, tmp_path/'own.pth.tar')
+    released = {'model': to_released(timm.create_model(name)), 'model_ema': to_released(model)}
+    torch.save(released, tmp_path/'released.ckpt')
+    return model, [tmp_path/'own.safetensors', tmp_path/'own.pth.tar', tmp_path/'released.ckpt']
+
+
+def test_checkpoint_path_and_file(name, files):
+    model, paths = files
+    x = torch.randn(1, 3, 32, 32)
+    for path in paths:
+        overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+        for kwargs in (dict(checkpoint_path=str(path)), overlay):
+            with torch.no_grad(): assert_close(timm.create_model(name, **kwargs).eval()(x), model(x))
+            with pytest.raises(RuntimeError): timm.create_model(name, **kwargs, directions=('v', 'h', 'w5'))
+        for kwargs in (dict(num_classes=7), dict(in_chans=1), dict(in_chans=13, num_classes=2, img_size=48)):
+            made = timm.create_model(name, **overlay, **kwargs)
+            assert made(torch.randn(1, made.in_chans, 48, 40)).shape == (1, made.num_classes)
+            assert torch.equal(made.mixers[-1].x_proj, model.mixers[-1].x_proj)
+        ways = overlay, dict(checkpoint_path=str(path))
+        maps = [timm.create_model(name, features_only=True, **kwargs).eval()(x) for kwargs in ways]
+        for a, b, c in zip(*maps, model.forward_intermediates(x, intermediates_only=True)):
+            assert_close(a, b)
+            assert_close(a, c)
+
+
+@pytest.mark.parametrize('kwargs', ids=str, argvalues=[
+    dict(directions=[['h', 'v'], ['w3', 'v_flip'], ['h', 'v']], num_classes=5, in_chans=1, padding='ragged'),
+    dict(directions='search'), dict(scattn='both', scattn_at='merged', img_size=64)])
+def test_saved_for_the_hub(name, kwargs, tmp_path):
+    if name == 'test_local_vim':
+        kwargs = kwargs | dict(readout='mid_cls', depth=3)
+    model = timm.create_model(name, **kwargs).eval()
+    timm.models.save_for_hf(model, tmp_path, safe_serialization='both')
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(2, model.in_chans, 40, 32)
+    with torch.no_grad(): assert_close(again(x), model(x))
+    args = json.loads((tmp_path/'config.json').read_text())['model_args']
+    assert {'directions', 'scattn', 'scattn_at', 'merge', 'padding'} <= args.keys()
+    assert again.directions == model.directions
+
+
+def test_img_size_is_accepted():
+    model = timm.create_model('local_vmamba_nano', img_size=64, depths=(1, 1, 1))
+    assert model(torch.randn(1, 3, 48, 40)).shape == (1, 10)
+    with pytest.raises(ValueError, match=r'img_size\[0\]: got 0'): timm.create_model('test_local_vmamba', img_size=0)
+
+
+def test_copies(name):
+    model, x = timm.create_model(name).eval(), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), AveragedModel(model)):
+            assert_close(copied.eval()(x), model(x))
+        assert_close(torch.func.functional_call(model, dict(model.state_dict()), x), model(x))
+
+
+# what wraps a module sees it
+
+needs_plain = pytest.mark.skipif(not hasattr(localmamba.scattn, 'plain'), reason='the gate cannot tell yet')
+
+@needs_plain
+def test_hooks_and_replaced_layers(name):
+    model, x, seen = timm.create_model(name).eval(), torch.randn(2, 3, 32, 32), []
+    mixer = model.mixers[0]
+    with torch.no_grad(): before = model(x)
+    for layer in ('in_proj', 'out_proj', 'attn.channel_select', 'attn.global_reduce', 'attn.norm', 'attn'):
+        with torch.no_grad():
+            def doubled(module, given, answer): return seen.append(1) or answer * 2
+            handle = mixer.get_submodule(layer).register_forward_hook(doubled)
+            changed, calls = model(x), len(seen)
+            handle.remove()
+            assert calls and not torch.allclose(changed, before), layer
+            seen.clear()
+            assert_close(model(x), before)
+
+    class Louder(nn.Linear):
+        def forward(self, x): return super().forward(x) + 3
+
+    for layer in ('in_proj', 'attn.channel_select', 'attn.global_reduce'):
+        other = copy.deepcopy(model)
+        other.mixers[0].get_submodule(layer).__class__ = Louder
+        with torch.no_grad(): assert not torch.allclose(other(x), before), layer
+    other = copy.deepcopy(model)
+    other.mixers[0].attn = nn.Identity()
+    with torch.no_grad(): assert not torch.allclose(other(x), before)
+
+
+@pytest.mark.parametrize('targets', ids=['layers', 'projections'], argvalues=[
+    pytest.param(dict(target_modules='all-linear'), marks=needs_plain), dict(target_parameters=['mixer.x_proj', 'mixer.dt_proj'])])
+def test_lora(name, targets):
+    peft = pytest.importorskip('peft')
+    net = peft.get_peft_model(timm.create_model(name), peft.LoraConfig(r=2, init_lora_weights=False, **targets))
+    net(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    adapters = {n: p.grad for n, p in net.named_parameters() if 'lora_' in n}
+    assert adapters and all(g is not None and g.abs().sum() > 0 for g in adapters.values()), adapters.keys()
+
+
+def test_pruning_and_parametrised_projections(name):
+    model, x = timm.create_model(name), torch.randn(2, 3, 32, 32)
+    for p in model.parameters(): nn.init.normal_(p, std=0.3)
+    before, mixer = model(x), model.mixers[0]
+    layers = mixer.attn.channel_select, mixer.in_proj
+    for module, parameter in ((mixer, 'x_proj'), (mixer, 'dt_proj'), *((layer, 'weight') for layer in layers)):
+        prune.l1_unstructured(module, parameter, 0.9)
+        after = model(x)
+        assert not torch.equal(after, before)
+        before = after
+    before.sum().backward()
+    assert mixer.x_proj_orig.grad.abs().sum() > 0
+
+
+# bare mixers
+
+def test_a_mixer_says_what_it_takes():
+    for mixer in (SS2D(16, ('h', 'w2')), VimMixer(16, ('h', 'w2'))):
+        assert mixer(torch.randn(2, 5, 7, 16)).shape == (2, 5, 7, 16)
+        for wrong in (torch.randn(2, 16, 5, 7), torch.randn(5, 7, 16), torch.randn(2, 5, 7, 16).long(), [1],
+                      torch.randn(2, 16, 16, 16).to(memory_format=torch.channels_last)):
+            with pytest.raises(ValueError, match=r'\(B, H, W, C\)'): mixer(wrong)
+    for cls, taps in ((SS2D, 2), (SS2D, 4), (SS2D, 0), (VimMixer, 0), (VimMixer, 9), (VimMixer, 2.5)):
+        with pytest.raises(ValueError, match='d_conv: got'): cls(16, d_conv=taps)
+
+
+def test_any_module_is_counted():
+    class UNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.mixer, self.out = nn.Conv2d(1, 8, 3, padding=1), SS2D(8, ('h', 'v')), nn.Conv2d(8, 2, 1)
+        def forward(self, image):
+            return self.out(self.mixer(x=self.stem(image).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    net = UNet()
+    bare, convolutions = count_flops(net.mixer, (12, 9)), 12 * 9 * 8 * (9 + 2)
+    assert count_flops(net, (12, 9)) == count_flops(net, torch.zeros(1, 1, 12, 9)) == bare + convolutions
+    mixer, tokens = SS2D(18), torch.zeros(1, 64, 64, 18)
+    assert count_flops(mixer, 64) == count_flops(mixer, dict(x=tokens)) > 64 * 64 * 18 * 18 * 6

@@ -150,6 +150,14 @@ class VisionModel(nn.Module):
         "Class scores."
         return self.forward_head(self.forward_features(x))
 
+# %% ../../nbs/lib/12_models.ipynb #b67907d0
+@patch
+def note_arguments(self: VisionModel,
+    **arguments,  # what the model was made with, but for image, classifier and drop rates, which timm notes
+):
+    "What timm puts into `model_args`."
+    self._model_args = arguments
+
 # %% ../../nbs/lib/12_models.ipynb #e15145bd
 @patch
 def get_classifier(self: VisionModel) -> nn.Module:

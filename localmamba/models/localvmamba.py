@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOCAL_VMAMBA_TINY_SEARCHED', 'LOCAL_VMAMBA_SMALL_SEARCHED', 'default_cfgs', 'Stem', 'PatchMerging', 'Block', 'Stage',
-           'LocalVMamba', 'checkpoint_filter_fn', 'local_vmamba_tiny', 'local_vmamba_tiny_supernet',
-           'local_vmamba_small', 'local_vmamba_small_supernet', 'vmamba_tiny', 'vmamba_small', 'local_vmamba_nano',
-           'test_local_vmamba']
+           'LocalVMamba', 'local_vmamba_tiny', 'local_vmamba_tiny_supernet', 'local_vmamba_small',
+           'local_vmamba_small_supernet', 'vmamba_tiny', 'vmamba_small', 'local_vmamba_nano', 'test_local_vmamba']
 
 # %% ../../nbs/lib/15_localvmamba.ipynb #e48e1347
 import re
@@ -15,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from timm.layers import DropPath, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..mixer import SS2D, check_choice, check_sizes, layer_directions
+from ..mixer import SS2D, check_choice, check_sizes, layer_directions, without_facts
 from .common import (RELEASED_URL, SMALL_IMAGES, VisionModel, check_image, check_rate,
                                       expand_directions, model_cfg, run_block)
-from .weights import converted
+from .weights import accept_released, build_model, checkpoint_filter_fn
 from ..scan import DIRECTIONS
 
 # %% ../../nbs/lib/15_localvmamba.ipynb #e48dca63
@@ -129,6 +128,8 @@ class LocalVMamba(VisionModel):
         patch_size: int = 4,  # pixels, of the stem
         expand: int = 2,  # d_inner / D
         scattn_at: str = 'branch',  # gate each `'branch'`, or their `'merged'` map, see `ScanMixer`
+        img_size: int | tuple[int, int] | None = None,  # pixels; accepted, and not needed: any size works
+        d_conv: int = 3,  # side of the mixers' convolution
     ):
         super().__init__()
         if len(dims) != len(depths):
@@ -139,8 +140,10 @@ class LocalVMamba(VisionModel):
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.num_features = self.head_hidden_size = dims[-1]
         self.directions = layer_directions(directions, sum(depths), candidates)
+        sizes = (img_size,) if isinstance(img_size, int) else img_size or ()
+        check_sizes(**{f'img_size[{i}]': side for i, side in enumerate(sizes)})
         mixer = dict(d_state=d_state, scattn=scattn, scattn_at=scattn_at, padding=padding, merge=merge, expand=expand,
-                     search=directions == 'search')
+                     d_conv=d_conv, search=directions == 'search')
         layers = iter(zip(self.directions, torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()))
         self.patch_embed = Stem(in_chans, dims[0], patch_size)
         self.layers = nn.ModuleList()
@@ -151,6 +154,12 @@ class LocalVMamba(VisionModel):
                              for s, dim in enumerate(dims)]
         for stage in self.layers[:-1]: trunc_normal_(stage.downsample.reduction.weight, std=0.02)
         self.reset_classifier(num_classes)
+        self.register_load_state_dict_pre_hook(accept_released)
+        listed = 'search' if directions == 'search' else self.directions
+        self.note_arguments(
+            dims=tuple(dims), depths=tuple(depths), d_state=d_state, scattn=scattn, scattn_at=scattn_at,
+            padding=padding, directions=listed, candidates=tuple(candidates),
+            merge=merge, patch_size=patch_size, expand=expand, d_conv=d_conv)
 
 # %% ../../nbs/lib/15_localvmamba.ipynb #0be7766f
 @patch
@@ -225,7 +234,7 @@ def released_layout(self: LocalVMamba,
 ) -> dict[str, tuple[list[str], tuple]]:  # our name -> (the released name, its shape there)
     "Where each of our parameters stands in a released file."
     layout = {}
-    for name, value in self.state_dict().items():
+    for name, value in without_facts(self.state_dict()).items():
         leaf, shape, released = name.rpartition('.')[2], value.shape, name
         if leaf in ('A_log', 'D'): shape = value.flatten(0, 1).shape
         if leaf == 'alpha': shape = (len(value), 1, 1, 1)
@@ -253,18 +262,8 @@ default_cfgs = generate_default_cfgs({
     **{name: model_cfg(**SMALL_IMAGES) for name in ('local_vmamba_nano', 'test_local_vmamba')}})
 
 
-def checkpoint_filter_fn(
-    state_dict: dict,  # what a checkpoint file holds
-    model: nn.Module,
-) -> dict:  # under our names
-    "What timm does with a file before it loads it."
-    return converted(model, state_dict)
-
 def _create(variant, pretrained=False, **kwargs):
-    stages = len(kwargs.get('dims', range(4)))
-    features = dict(out_indices=kwargs.pop('out_indices', tuple(range(stages))), feature_cls='getter')
-    return build_model_with_cfg(LocalVMamba, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
-                                feature_cfg=features, **kwargs)
+    return build_model(LocalVMamba, variant, pretrained, tuple(range(len(kwargs.get('dims', range(4))))), **kwargs)
 
 # %% ../../nbs/lib/15_localvmamba.ipynb #f7623d3e
 _S_DEPTHS, _SUPERNET_DIMS = (2, 2, 27, 2), (32, 64, 128, 256)

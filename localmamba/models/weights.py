@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLAVOURS', 'EMA_NAMES', 'STATE_NAMES', 'released_layout', 'to_released', 'check_file', 'weights_in',
-           'read_checkpoint', 'load_weights', 'load_released', 'load_whole', 'converted']
+           'read_checkpoint', 'Misfit', 'load_weights', 'load_released', 'load_whole', 'converted', 'accept_released',
+           'FeatureMaps', 'checkpoint_filter_fn', 'build_model']
 
 # %% ../../nbs/lib/13_weights.ipynb #4db22f9c
 import logging
@@ -17,7 +18,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import build_model_with_cfg
+from timm.models._features import FeatureGetterNet
+from timm.models._input import get_pretrained_grid_size
 from torch import Tensor, nn
+
+from ..mixer import FACTS, facts_in, pack, without_facts
 
 _log = logging.getLogger(__name__)
 
@@ -36,9 +42,9 @@ def released_layout(
         raise ValueError("scattn_at: got 'merged'; allowed: 'branch', since released weights gate each branch")
     return model.released_layout(flavour)
 
-def _tables(model, grid=None):
+def _tables(model):
     "The rotation tables that a released file of this model carries."
-    return model.released_tables(grid) if hasattr(model, 'released_tables') else {}
+    return model.released_tables() if hasattr(model, 'released_tables') else {}
 
 # %% ../../nbs/lib/13_weights.ipynb #4d3a98bc
 def to_released(
@@ -118,8 +124,8 @@ STATE_NAMES = ('state_dict', 'model', 'model_state_dict', 'model_state', 'networ
 _LEFT_BEHIND = ('total_ops', 'total_params')  # of profilers
 
 def _is_state(content):
-    return isinstance(content, dict) and bool(content) and all(isinstance(name, str) for name in content) and \
-        all(isinstance(value, Tensor) for value in content.values())
+    if not isinstance(content, dict) or not content: return False
+    return all(isinstance(n, str) and isinstance(v, Tensor) for n, v in content.items())
 
 def _state_under(content, names):
     "The first state dict under one of these names, or under one of `STATE_NAMES` inside; returns (name, state)."
@@ -142,7 +148,7 @@ def _flat_ema(state, ema):
     return state
 
 def _clean(state):
-    "Without wrappers' prefixes and profilers' numbers; what a state dict of ours says in its metadata stays with it."
+    "Without wrappers' prefixes and profilers' numbers; what the metadata of older files says goes with the tensors."
     metadata = getattr(state, '_metadata', {})
     state = {n: v for n, v in state.items() if n.rpartition('.')[2] not in _LEFT_BEHIND and n != 'n_averaged'}
     wrapped = all(n.replace('_orig_mod.', '').startswith('module.') for n in state)
@@ -150,7 +156,8 @@ def _clean(state):
         name = f'{name}.'.replace('_orig_mod.', '')
         return (name.removeprefix('module.') if wrapped else name)[:-1]
     cleaned = OrderedDict((name_of(n), v) for n, v in state.items())
-    cleaned._metadata = {name_of(n): v for n, v in metadata.items()}
+    for where, said in metadata.items():  # of older files of ours
+        if 'directions' in said: cleaned.setdefault(f'{name_of(where)}.{FACTS}'.lstrip('.'), pack(dict(said)))
     return cleaned
 
 # %% ../../nbs/lib/13_weights.ipynb #8ad3b60e
@@ -199,16 +206,25 @@ def read_checkpoint(
 _HARMLESS = ('numpy', 'argparse', 'pathlib', 'collections')  # beside weights everywhere, and of no use here
 
 # %% ../../nbs/lib/13_weights.ipynb #e069c1a5
+class Misfit(ValueError, RuntimeError):
+    "Weights do not fit a model (`torch.nn.Module.load_state_dict` says so by a `RuntimeError`)."
+
 def _refuse(model, problems):
     "One error that lists everything that does not fit, if anything does not."
     lists = [f'{title} ({len(items)}): ' + ', '.join(items[:6]) + (', …' if len(items) > 6 else '')
              for title, items in problems.items() if items]
-    if lists: raise ValueError(f'the checkpoint does not fit this {type(model).__name__}: ' + '\n- '.join(lists))
+    if lists: raise Misfit(f'the checkpoint does not fit this {type(model).__name__}: ' + '\n- '.join(lists))
 
 def _compare(model, state, wanted):
-    "What is of another shape, missing or unexpected in a state dict, by the names in the file."
+    "What belongs to other directions, is of another shape, missing or unexpected in a state dict."
+    own = facts_in(model.state_dict())
+    said = {n: (facts, own[n]) for n, facts in facts_in(state).items() if n in own and 'directions' in facts}
+    state, wanted = without_facts(state), without_facts(wanted)
     def other(name, shape): return name in state and tuple(state[name].shape) != tuple(shape)
     _refuse(model, {
+        'of other directions': [f"{n}: the weights belong to directions {', '.join(a['directions'])}; "
+                                f"the model has {', '.join(b['directions'])}"
+                                for n, (a, b) in said.items() if list(a['directions']) != list(b['directions'])],
         'of another shape': [f'{name} {tuple(state[name].shape)} instead of {tuple(shape)}'
                              for name, shape in wanted.items() if other(name, shape)],
         'missing': [name for name in wanted if name not in state],
@@ -221,7 +237,8 @@ def _flavour_of(model, state):
     flavour = 'vim' if any(name.endswith('.A_b_log') for name in state) else 'localmamba'
     if flavour == 'vim': return flavour
     wanted = {part for parts, _ in model.released_layout(flavour).values() for part in parts} | _tables(model).keys()
-    return flavour if len(wanted & state.keys()) > len(model.state_dict().keys() & state.keys()) else None
+    ours = without_facts(model.state_dict()).keys()
+    return flavour if len(wanted & state.keys()) > len(ours & state.keys()) else None
 
 def _unwrapped(model, state):
     "The part of a state dict that is the model's, where a larger network's prefix stands before its names."
@@ -237,31 +254,35 @@ def _released_names(model):
     return {part for parts, _ in model.released_layout('localmamba').values() for part in parts}
 
 # %% ../../nbs/lib/13_weights.ipynb #c5e2592b
-def _stacked(model, state, flavour, strict=True):
-    "A released state under our names; without `strict`, what is missing or of another shape is left as it is."
+def _pop_tables(state, flavour):
+    return {n: state.pop(n) for n in list(state) if n.startswith('rope.freqs_')} if flavour else {}
+
+def _ours(model, state, flavour, path):
+    "A released state under our names, as far as it is there; with it goes how the release resizes its rotation tables."
     own, made = model.state_dict(), {}
     for name, (parts, _) in released_layout(model, flavour).items():
-        if not strict and not all(part in state for part in parts): continue
-        value = torch.stack([state.pop(part) for part in parts])
+        if not all(part in state for part in parts): continue
+        try: value = torch.stack([state.pop(part) for part in parts])
+        except RuntimeError as error: raise Misfit(f'{parts[0]} and the others of {name}: {error}') from error
         made[name] = value.reshape(own[name].shape) if value.numel() == own[name].numel() else value.squeeze(0)
+    if path: made[FACTS] = pack(model.facts() | dict(resize='release', rope_grids=path))
     return made | state
 
 def _put(model, state, flavour, grid):
     "Load a state dict of one of the two kinds of names, everything compared before."
-    tables = {name: state.pop(name) for name in list(state) if name.startswith('rope.freqs_')} if flavour else {}
+    tables, fits = _pop_tables(state, flavour), getattr(model, 'fit_position', None)
     if flavour: wanted = {part: shape for parts, shape in released_layout(model, flavour).values() for part in parts}
     else: wanted = {name: value.shape for name, value in model.state_dict().items()}
-    fits = getattr(model, 'fit_position', None)
-    _compare(model, {n: v for n, v in state.items() if not (fits and n == 'pos_embed' and n in wanted)},
-             {n: v for n, v in wanted.items() if not (fits and n == 'pos_embed' and n in state)})
+    position = {'pos_embed'} & wanted.keys() & state.keys() if fits else set()  # may be of another grid
+    _compare(model, *({n: v for n, v in given.items() if n not in position} for given in (state, wanted)))
     if flavour:
         expected = _tables(model)
         _refuse(model, {'missing': [n for n in expected if n not in tables],
                         'rotation tables for a model with rope=False': [n for n in tables if n not in expected]})
-    if fits: fits(state, tables, grid)
+    path = fits(state, tables, grid) if fits else None
     _compare(model, state, wanted)
-    try: model.load_state_dict(_stacked(model, state, flavour) if flavour else state)
-    except RuntimeError as e: raise ValueError(f'the checkpoint does not fit this {type(model).__name__}: {e}') from e
+    try: model.load_state_dict(_ours(model, state, flavour, path) if flavour else state)
+    except RuntimeError as e: raise Misfit(f'the checkpoint does not fit this {type(model).__name__}: {e}') from e
     return model
 
 # %% ../../nbs/lib/13_weights.ipynb #ca6dcb94
@@ -317,9 +338,71 @@ def converted(
     model: nn.Module,  # a `LocalVim` or a `LocalVMamba`; left as it is
     content: dict,  # what a checkpoint file holds
 ) -> dict:  # a state dict for it
-    "The weights of a released file under our names; a state of our own as it is."
+    "A file's weights under our names, its position embedding on the model's grid."
     state = _unwrapped(model, weights_in(content, 'the checkpoint'))
-    flavour = _flavour_of(model, state)
-    tables = {name: state.pop(name) for name in list(state) if name.startswith('rope.freqs_')} if flavour else {}
-    if hasattr(model, 'fit_position'): model.fit_position(state, tables)
-    return _stacked(model, state, flavour, strict=False) if flavour else state
+    flavour, path = _flavour_of(model, state), None
+    tables = _pop_tables(state, flavour)
+    if hasattr(model, 'fit_position'):
+        tokens = state['pos_embed'].shape[1] - model.num_prefix_tokens if 'pos_embed' in state else 0
+        stem = state.get('patch_embed.proj.weight')
+        path = model.fit_position(state, tables, None if tables else get_pretrained_grid_size(model, stem, tokens))
+    return _ours(model, state, flavour, path) if flavour else state
+
+# %% ../../nbs/lib/13_weights.ipynb #3782787f
+def accept_released(
+    model: nn.Module,  # whose state is being loaded
+    state_dict: dict[str, Tensor],  # changed in place
+    prefix: str,  # of the model's names in it
+    *_,  # what else PyTorch gives to such a hook
+):
+    "Put released names into ours before a state dict is loaded; nothing is resized."
+    inside = {n.removeprefix(prefix): v for n, v in state_dict.items() if n.startswith(prefix)}
+    flavour = _flavour_of(model, inside)
+    if not flavour: return
+    for name in inside: del state_dict[prefix + name]
+    tables, path = _pop_tables(inside, flavour), None
+    if 'pos_embed' in inside and hasattr(model, 'file_path'):
+        path = model.file_path(inside['pos_embed'].shape[1] - model.num_prefix_tokens, tables)
+        if path and path[-1] != model.grid_size: path = None
+    state_dict.update({prefix + n: v for n, v in _ours(model, inside, flavour, path).items()})
+
+# %% ../../nbs/lib/13_weights.ipynb #6576aa6c
+class FeatureMaps(FeatureGetterNet):
+    "timm's feature maps of a model; loads the files of the whole classifier too."
+    def load_state_dict(self,
+        state_dict: dict[str, Tensor],  # of the wrapper, or of a classifier
+        strict: bool = True,
+        assign: bool = False,
+    ):
+        "As PyTorch's; what the wrapper has no use for (head, last norm, later layers) is left out."
+        if any(n.startswith('model.') for n in state_dict): return super().load_state_dict(state_dict, strict, assign)
+        state, own = converted(self.model, dict(state_dict)), self.model.state_dict().keys()
+        gone = re.compile(rf'^(head|classifier|norm|norm_f|layers\.{len(self.model.layers) - 1}\.downsample)\.')
+        def later(name): return re.match(r'layers\.(\d+)', name) and int(name.split('.')[1]) >= len(self.model.layers)
+        kept = {n: v for n, v in state.items() if n in own or not (gone.match(n) or later(n))}
+        return self.model.load_state_dict(kept, strict, assign)
+
+# %% ../../nbs/lib/13_weights.ipynb #642dada8
+def checkpoint_filter_fn(
+    state_dict: dict,  # what a checkpoint file holds
+    model: nn.Module,
+) -> dict:  # under our names
+    "What timm does with a file before it loads it."
+    return converted(model, state_dict)
+
+def build_model(
+    cls: type,  # of the model
+    variant: str,  # its timm name
+    pretrained: bool,  # as timm's
+    standard,  # layers that `features_only=True` gives if no `out_indices` are named
+    **kwargs,  # as a model's factory gets them
+) -> nn.Module:
+    "A model as timm makes it; the file of `pretrained_cfg_overlay` is read by `read_checkpoint`."
+    overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
+    file = overlay.get('file') if pretrained and not overlay.get('custom_load') else None
+    if file: overlay['state_dict'] = read_checkpoint(file)
+    features = dict(out_indices=kwargs.pop('out_indices', standard), feature_cls=FeatureMaps)
+    model = build_model_with_cfg(cls, variant, pretrained, pretrained_cfg_overlay=overlay,
+                                 pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=features, **kwargs)
+    for net in (model, getattr(model, 'model', model)): net.pretrained_cfg.pop('state_dict', None)  # it is loaded
+    return model

@@ -1,0 +1,177 @@
+"Checkpoints of others: what lies beside the weights, EMA, prefixes, damage, and what a file of another model is told."
+import argparse
+import datetime
+import enum
+import logging
+import os
+import zipfile
+from collections import OrderedDict, defaultdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import localmamba  # noqa: F401  registers the models
+from localmamba.models.weights import load_released, load_weights, read_checkpoint, to_released
+
+NAMES = ['test_local_vim', 'test_local_vmamba']
+
+
+@pytest.fixture(params=NAMES)
+def name(request): return request.param
+
+
+class Config(dict):
+    "As mmengine's and others' configurations: a dict with attributes."
+    __getattr__ = dict.__getitem__
+
+
+class History(list): pass
+
+
+class Slots:
+    __slots__ = ('rate',)
+    def __init__(self): self.rate = 1e-3
+
+
+class Phase(enum.Enum): train = 1
+
+
+class Trap:
+    "Runs a program when it is unpickled by pickle."
+    def __init__(self, path): self.path = str(path)
+    def __reduce__(self): return os.mkdir, (self.path,)
+
+
+BESIDE = {
+    'number': np.float64(76.2), 'array': np.arange(3), 'objects': np.array(['a', None], dtype=object),
+    'path': Path('weights'), 'namespace': argparse.Namespace(lr=1e-3, path=Path('a')),
+    'config': Config(model=Config(depth=2)), 'history': History([1., 2.]), 'slots': Slots(),
+    'default': defaultdict(list, loss=[1.]), 'partial': partial(nn.LayerNorm, eps=1e-6), 'class': nn.Linear,
+    'time': datetime.datetime(2024, 5, 1), 'phase': Phase.train, 'complex': 1j, 'bytes': b'abc', 'range': range(3)}
+
+
+def same(model, other):
+    return all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize('what', [*BESIDE, 'everything'])
+def test_what_lies_beside_the_weights_does_not_hide_them(what, tmp_path):
+    model = timm.create_model('test_local_vim', depth=1)
+    beside = BESIDE if what == 'everything' else {what: BESIDE[what]}
+    torch.save({**beside, 'model': model.state_dict()}, tmp_path/'a.pt')
+    assert same(load_weights(timm.create_model('test_local_vim', depth=1), tmp_path/'a.pt'), model)
+
+
+def test_no_program_in_a_file_runs(tmp_path, caplog):
+    model = timm.create_model('test_local_vim', depth=1)
+    torch.save({'model': model.state_dict(), 'trap': Trap(tmp_path/'made')}, tmp_path/'a.pt')
+    with pytest.raises(ValueError, match='(posix|nt).mkdir, a program and no data; nothing in it was run'):
+        read_checkpoint(tmp_path/'a.pt')
+    torch.save({'model': model.state_dict(), 'config': BESIDE['config']}, tmp_path/'b.pt')
+    with caplog.at_level(logging.WARNING): read_checkpoint(tmp_path/'b.pt')
+    assert 'left out, since they are no data: ' in caplog.text and 'Config' in caplog.text
+    assert not (tmp_path/'made').exists()
+
+
+EMA = {
+    'model_ema': lambda s: {'model_ema': s}, 'state_dict_ema': lambda s: {'state_dict_ema': s},
+    'ema_model': lambda s: {'ema_model': s}, 'ema': lambda s: {'ema': s}, 'nested': lambda s: {'model_ema': {'state_dict': s, 'decay': 0.9999}},
+    'dotted': lambda s: {'model_ema.state_dict': s}, 'ema_state_dict': lambda s: {'ema_state_dict': s}}
+
+
+@pytest.mark.parametrize('how', EMA)
+def test_ema_weights_are_found_and_said(name, how, tmp_path, caplog):
+    model, plain = (timm.create_model(name) for _ in range(2))
+    for names in ('model', 'state_dict'):
+        torch.save({names: plain.state_dict(), **EMA[how](model.state_dict()), 'epoch': 3}, tmp_path/'a.pt')
+        with caplog.at_level(logging.WARNING):
+            assert same(load_weights(timm.create_model(name), tmp_path/'a.pt'), model)
+        assert 'are taken, not those under' in caplog.text
+        assert same(load_weights(timm.create_model(name), tmp_path/'a.pt', ema=False), plain)
+
+
+PREFIXES = {'module.': True, '_orig_mod.': True, 'module._orig_mod.': True, '_orig_mod.module.': True,
+            'backbone.': True, 'model.': True, 'encoder.': True, 'something.': False}
+
+
+@pytest.mark.parametrize('prefix, known', PREFIXES.items())
+def test_prefixes(name, prefix, known, tmp_path):
+    model = timm.create_model(name)
+    for state in (model.state_dict(), to_released(model)):
+        state = OrderedDict((prefix + k, v) for k, v in state.items())
+        torch.save({'state_dict': state}, tmp_path/'a.pt')
+        if known: assert same(load_weights(timm.create_model(name), tmp_path/'a.pt'), model)
+        else:
+            with pytest.raises(ValueError, match='unexpected .*something.'):
+                load_weights(timm.create_model(name), tmp_path/'a.pt')
+
+
+def test_what_wrappers_and_profilers_add(name, tmp_path):
+    model = timm.create_model(name)
+    state = model.state_dict()
+    for where, module in list(model.named_modules()):
+        state[f'{where}.total_ops'.lstrip('.')] = state[f'{where}.total_params'.lstrip('.')] = torch.zeros(1)
+    assert same(load_weights(timm.create_model(name), {'model': state}), model)
+    assert same(load_weights(timm.create_model(name), {'model_ema': AveragedModel(model).state_dict()}), model)
+    detector = {f'backbone.{k}': v for k, v in model.state_dict().items()} | {'neck.weight': torch.zeros(2)}
+    with pytest.raises(ValueError, match=r'unexpected \(1\): neck.weight'):
+        load_weights(timm.create_model(name), detector)
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = tmp_path/'a.pt'
+    torch.save({'model': timm.create_model('test_local_vim', depth=1).state_dict()}, path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    read_checkpoint(path)
+    for end in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match=r'a\.pt is damaged'): read_checkpoint(path)
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as archive: archive.writestr('a', '')
+    with zipfile.ZipFile(tmp_path/'a.zip') as archive: assert archive.testzip() is None
+    storages = [(e.header_offset + 200, e.file_size) for e in _entries(path, whole) if e.file_size > 1000]
+    for _ in range(20):
+        changed = bytearray(whole)
+        for _ in range(3):
+            start, size = storages[rng.integers(len(storages))]
+            changed[start + int(rng.integers(size - 200))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r'a\.pt is damaged'): read_checkpoint(path)
+    path.write_bytes(b'%PDF-1.4 no checkpoint')
+    with pytest.raises(ValueError, match=r'a\.pt is damaged, or no checkpoint'): read_checkpoint(path)
+    (tmp_path/'a.safetensors').write_bytes(whole)
+    with pytest.raises(ValueError, match=r'a\.safetensors is damaged'): read_checkpoint(tmp_path/'a.safetensors')
+
+
+def _entries(path, content):
+    path.write_bytes(content)
+    with zipfile.ZipFile(path) as archive: return archive.infolist()
+
+
+def test_a_file_that_unpacks_to_more_than_itself(tmp_path):
+    torch.save({'model': {'a': torch.zeros(2_000_000)}}, tmp_path/'a.pt')
+    packed = zipfile.ZipFile(tmp_path/'b.pt', 'w', zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path/'a.pt') as source, packed as target:
+        for entry in source.infolist(): target.writestr(entry.filename, source.read(entry))
+    assert (tmp_path/'b.pt').stat().st_size < 100_000
+    with pytest.raises(ValueError, match=r'b\.pt: got .* bytes that unpack to 8,'): read_checkpoint(tmp_path/'b.pt')
+
+
+def test_the_first_line_is_the_true_cause(name):
+    model = timm.create_model(name)
+    other = dict(embed_dim=32, rope_pretrained_grid=14) if name == 'test_local_vim' else dict(dims=(8, 16))
+    for load, state in ((load_released, to_released(timm.create_model(name, **other))),
+                        (load_weights, timm.create_model(name, **other).state_dict())):
+        with pytest.raises(ValueError) as error: load(model, state)
+        assert 'of another shape' in str(error.value).splitlines()[0]
+    turned = to_released(timm.create_model('test_local_vim', rope_pretrained_grid=14))
+    with pytest.raises(ValueError, match='rope_pretrained_grid: got 8'):
+        load_released(timm.create_model('test_local_vim'), turned)
+    nothing = {'epoch': 3, **{f'key{i}': i for i in range(20)}}
+    with pytest.raises(ValueError, match='holds no weights: got epoch, key0, .*key19'): load_weights(model, nothing)
+    with pytest.raises(TypeError, match='source: got a int'): load_weights(model, 3)
