@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from PIL import Image
 from .digits import scenes
 from .files import data_dir
-from .images import (SPLIT_NAMES, SUFFIXES, TURNS, CorruptImage, fingerprint, image_size, open_image, pictures_in,
+from .images import (SPLIT_NAMES, SUFFIXES, TURNS, CorruptImage, fingerprint, image_size, open_image,
+                               pictures_in,
                                say_left_out)
 
 # %% ../nbs/lib/27_ade20k.ipynb #160bd898
@@ -82,12 +83,14 @@ def read_labels(
     labels = table[np.where((held < 0) | (held >= len(table)), len(table) - 1, held)]
     if labels.size and labels.min() < 0:
         wrong = np.unique(held[labels < 0])
-        told = f'0 (unlabelled) to {n_classes}' if (numbers, tuple(ignored)) == (tuple(range(1, n_classes + 1)), (0,)) else f'{_some(numbers)} and, ignored, {_some(ignored)}'
+        told = f'0 (unlabelled) to {n_classes}' if (numbers,
+                                                    tuple(ignored)) == (tuple(range(1, n_classes + 1)), (0,)) else f'{_some(numbers)} and, ignored, {_some(ignored)}'
         raise ValueError(f'annotation {path}: holds {_some(wrong)}; allowed: {told}, one of {n_classes} classes; '
                          f'ignored=({wrong[0]},) says that a number counts nowhere')
     return labels.astype(np.uint8)
 
-def _some(numbers, n=8): return ', '.join(map(str, numbers[:n])) + (', …' if len(numbers) > n else '') if len(numbers) else 'none'
+def _some(numbers, n=8):
+    return ', '.join(map(str, numbers[:n])) + (', …' if len(numbers) > n else '') if len(numbers) else 'none'
 
 # %% ../nbs/lib/27_ade20k.ipynb #75b2caf6
 def check_classes(classes, numbers, ignored):
@@ -98,7 +101,8 @@ def check_classes(classes, numbers, ignored):
     if not 2 <= len(classes) < IGNORE: raise ValueError(f'classes: got {len(classes)}; allowed: 2 to {IGNORE - 1}')
     used = [*(numbers or range(1, len(classes) + 1)), *ignored]
     for value in used: check_number(value)
-    if numbers is not None and len(numbers) != len(classes): raise ValueError(f'numbers: got {len(numbers)}; allowed: {len(classes)}, one a class')
+    if numbers is not None and len(numbers) != len(classes):
+        raise ValueError(f'numbers: got {len(numbers)}; allowed: {len(classes)}, one a class')
     if twice := [n for n, times in Counter(used).items() if times > 1]:
         raise ValueError(f'numbers, ignored: got {_some(twice)} more than once; allowed: each number for one class, or ignored')
 
@@ -151,7 +155,9 @@ class LabelledFolder:
     def names(self, indices): return [str(self.files[i][0]) for i in indices]
 
 # %% ../nbs/lib/27_ade20k.ipynb #e4856294
-def _colour_circle(n): return [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i / n, (1, 0.6)[i % 2], (1, 0.8, 0.6)[i % 3])) for i in range(n)]
+def _colour_circle(n):
+    return [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i / n, (1, 0.6)[i % 2], (1, 0.8, 0.6)[i % 3])) for i
+            in range(n)]
 
 @patch
 def __getitem__(self: LabelledFolder, i):
@@ -161,7 +167,8 @@ def __getitem__(self: LabelledFolder, i):
     image, turn = np.asarray(picture), TURNS.get(picture.info['orientation'])
     def read(turn=None): return read_labels(annotation, len(self.classes), self.numbers, self.ignored, turn)
     labels = read()
-    if image.shape[:2] != labels.shape == image.shape[1::-1] and turn is not None: labels = read(turn) # drawn on the picture as it is stored
+    if image.shape[:2] != labels.shape == image.shape[1::-1] and turn is not None:
+        labels = read(turn) # drawn on the picture as it is stored
     if image.shape[:2] != labels.shape:
         raise ValueError(f'annotation {annotation}: has {labels.shape[0]}x{labels.shape[1]} pixels, and {file} has '
                          f'{image.shape[0]}x{image.shape[1]}; allowed: the same size')
@@ -198,7 +205,8 @@ def numbers_seen(
 ) -> dict: # number: the first file that holds it
     "The numbers in label maps, looked at in a random order."
     seen = {}
-    if len(maps) > 2000: print(f'{Path(maps[0]).parent}: looking for {len(wanted)} classes in up to {len(maps)} label maps', flush=True)
+    if len(maps) > 2000:
+        print(f'{Path(maps[0]).parent}: looking for {len(wanted)} classes in up to {len(maps)} label maps', flush=True)
     for i in np.random.default_rng(0).permutation(len(maps)):
         try: held = np.unique(np.asarray(label_image(maps[i])))
         except CorruptImage: continue # said when it is read
@@ -237,16 +245,21 @@ def own_numbers(
     known: bool = False, # ADE20K itself: two classes in its maps are enough
 ) -> dict: # `numbers` and `ignored` of `LabelledFolder`
     "The numbers of the classes, and a warning about those that no training map holds; raises `ValueError` if there is but one."
-    if label_zero not in (None, 'class', 'ignored'): raise ValueError(f"label_zero: got {label_zero!r}; allowed: 'class', 'ignored' or None")
+    if label_zero not in (None, 'class', 'ignored'):
+        raise ValueError(f"label_zero: got {label_zero!r}; allowed: 'class', 'ignored' or None")
     ignored = tuple(ignored) if isinstance(ignored, (list, tuple)) else (ignored,)
     for value in ignored: check_number(value)
-    wanted, key = set(numbers or range(1, len(classes) + 1)) - set(ignored), fingerprint(classes, numbers, ignored, known, _files_as(maps))
+    wanted, key = set(numbers or range(1,
+                                       len(classes)
+                                       + 1)) - set(ignored), fingerprint(classes, numbers, ignored, known, _files_as(maps))
     if key not in _LOOKED: _LOOKED[key] = numbers_seen(maps, wanted, 2 * known)
     seen = _LOOKED[key].keys() - set(ignored)
     told, n = numbers, len(classes)
     if numbers is None:
         if not (n == 2 and seen == {0, 255}): no_strays(_LOOKED[key], seen - set(range(n + 1)), n, ignored)
-        numbers, zero_ignored = chosen_numbers(classes, seen, label_zero or ('ignored' if known else None)) if seen else (tuple(range(1, len(classes) + 1)), True)
+        numbers, zero_ignored = chosen_numbers(classes, seen, label_zero
+                                               or ('ignored' if known
+                                                   else None)) if seen else (tuple(range(1, len(classes) + 1)), True)
         ignored = tuple(sorted({*ignored, *((0,) if zero_ignored and 0 not in ignored else ())}))
     elif 0 not in numbers: ignored = tuple(sorted({*ignored, 0}))
     check_classes(classes, numbers, ignored)
@@ -257,7 +270,8 @@ def own_numbers(
         held = [c for c in classes if c not in missing]
         raise ValueError(f'classes: the {len(maps)} training label maps hold {f"only {held[0]!r}" if held else "none"} of the {len(classes)} classes; '
                          f'allowed: two or more, since one alone cannot be told from anything{cure}')
-    if missing and not known: warnings.warn(f'classes: {len(missing)} of {len(classes)} are in none of the {len(maps)} training label maps: {_some(missing)}{cure}')
+    if missing and not known:
+        warnings.warn(f'classes: {len(missing)} of {len(classes)} are in none of the {len(maps)} training label maps: {_some(missing)}{cure}')
     return dict(numbers=numbers, ignored=ignored)
 
 def no_strays(seen, strays, allowed, ignored):
@@ -275,7 +289,8 @@ def read_classes(
     layout: str, # shown in messages
 ) -> list: # of its entries
     "The classes of a data set, checked; raises `ValueError` that names the entry."
-    def wrong(where, key, value, allowed): return ValueError(f'{path}{where}: {key}: got {str(value)[:60]!r}; allowed: {allowed}\n{layout}')
+    def wrong(where, key, value, allowed):
+        return ValueError(f'{path}{where}: {key}: got {str(value)[:60]!r}; allowed: {allowed}\n{layout}')
     def whole(value, top): return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= top
     try: entries = json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e: raise ValueError(f'{path}: cannot be read as JSON ({e})\n{layout}') from e
@@ -285,13 +300,16 @@ def read_classes(
         if not isinstance(entry, dict): raise wrong(where, 'content', entry, '{"name": ...}')
         name, colour = entry.get('name'), entry.get('colour')
         if not isinstance(name, str) or not name.strip(): raise wrong(where, 'name', name, 'a text')
-        if 'colour' in entry and not (isinstance(colour, list) and len(colour) == 3 and all(whole(v, 255) for v in colour)):
+        if 'colour' in entry and not (isinstance(colour, list) and len(colour) == 3
+                                      and all(whole(v, 255) for v in colour)):
             raise wrong(where, 'colour', colour, 'three whole numbers from 0 to 255')
         for key in ('label', 'id'):
-            if key in entry and not whole(entry[key], 65535): raise wrong(where, key, entry[key], 'a whole number from 0 to 65535')
+            if key in entry and not whole(entry[key], 65535):
+                raise wrong(where, key, entry[key], 'a whole number from 0 to 65535')
     for key in ('name', 'label', 'id', 'colour'):
         held = [str(entry[key]) for entry in entries if key in entry]
-        if held and len(held) < len(entries): raise wrong('', key, f'{len(held)} of {len(entries)} entries', 'every entry with it, or none')
+        if held and len(held) < len(entries):
+            raise wrong('', key, f'{len(held)} of {len(entries)} entries', 'every entry with it, or none')
         twice = [value for value, n in Counter(held).items() if n > 1] if key != 'colour' else []
         if twice: raise wrong('', key, twice[0], 'each once')
     return entries
@@ -309,16 +327,20 @@ def ade20k(
     if (path/'ADEChallengeData2016').is_dir(): path = path/'ADEChallengeData2016'
     if not path.is_dir(): raise FileNotFoundError(f'path: {path} does not exist\n{ADE20K_LAYOUT}')
     missing = [part for part in ('images', 'annotations') if not (path/part/split).is_dir()]
-    if missing: raise ValueError(f'path: {path} has no {" and no ".join(f"{part}/{split}" for part in missing)}\n{ADE20K_LAYOUT}')
+    if missing:
+        raise ValueError(f'path: {path} has no {" and no ".join(f"{part}/{split}" for part in missing)}\n{ADE20K_LAYOUT}')
     names, colours, numbers = ADE20K_CLASSES, ADE20K_COLOURS, None
     if own := (path/'classes.json').exists():
         entries = read_classes(path/'classes.json', ADE20K_LAYOUT)
-        names, colours, numbers = (tuple(entry[key] for entry in entries) if key in entries[0] else None for key in ('name', 'colour', 'label'))
+        names, colours, numbers = (tuple(entry[key] for entry in entries) if key in entries[0] else None for key
+                                   in ('name', 'colour', 'label'))
         if len(names) == 1: check_classes(names, numbers, ())
     home = path/'annotations/training'
-    maps = list(by_stem(home if home.is_dir() else path/'annotations'/split, LABEL_SUFFIXES, f'{path.name}, {split}, annotations').values())
+    maps = list(by_stem(home if home.is_dir() else path/'annotations'/split, LABEL_SUFFIXES,
+                        f'{path.name}, {split}, annotations').values())
     told = own_numbers(maps, names, numbers, label_zero, ignored, known=not own) if maps else dict(numbers=numbers)
-    return LabelledFolder(path/'images'/split, path/'annotations'/split, names, colours, f'{path.name}, {split}', **told)
+    return LabelledFolder(path/'images'/split, path/'annotations'/split, names, colours, f'{path.name}, {split}',
+                          **told)
 
 # %% ../nbs/lib/27_ade20k.ipynb #c2e55cf5
 COCO_SEMANTIC_LAYOUT = '''expected layout:
@@ -341,13 +363,17 @@ def coco_semantic(
         raise ValueError(f'path: the ids in {listed} are not 1 to {len(entries)}\n{COCO_SEMANTIC_LAYOUT}')
     names = tuple(entry['name'] for entry in entries)
     check_classes(names, None, ())
-    home = next(folder for folder in (path/'semantic/train2017', path/'semantic'/part) if folder.is_dir() or folder.name == part)
-    told = own_numbers(list(by_stem(home, LABEL_SUFFIXES, 'semantic').values()), names, None, 'ignored', ignored) if home.is_dir() else {}
-    return LabelledFolder(path/part, path/'semantic'/part, names, None, f'{path.name}, {split}', COCO_SEMANTIC_LAYOUT, **told)
+    home = next(folder for folder in (path/'semantic/train2017', path/'semantic'/part) if folder.is_dir()
+                or folder.name == part)
+    told = own_numbers(list(by_stem(home, LABEL_SUFFIXES, 'semantic').values()), names, None, 'ignored',
+                       ignored) if home.is_dir() else {}
+    return LabelledFolder(path/part, path/'semantic'/part, names, None, f'{path.name}, {split}', COCO_SEMANTIC_LAYOUT,
+                          **told)
 
 # %% ../nbs/lib/27_ade20k.ipynb #8796c747
 SCENE_CLASSES = (*'0123456789', 'temple', 'flower')
-SCENE_COLOURS = tuple(tuple(bytes.fromhex(c)) for c in 'e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 999999 882255 44aa99 ddddcc 332288'.split())
+SCENE_COLOURS = tuple(tuple(bytes.fromhex(c)) for c
+                      in 'e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 999999 882255 44aa99 ddddcc 332288'.split())
 
 def ade20k_scenes(
     n_train: int = 400, # training scenes
@@ -360,7 +386,8 @@ def ade20k_scenes(
     "Scenes of digits on disk in ADE20K's layout, rendered if they are not there yet"
     home = Path(data_dir() if home is None else home)
     number = {what: i + 1 for i, what in enumerate([*kinds, 10, 11])} # of each class: a digit, or 10 and a photograph
-    key = fingerprint('scenes 2', tuple(kinds), n_train, n_valid, seed, sorted((k, repr(v)) for k, v in options.items()))[:8]
+    key = fingerprint('scenes 2', tuple(kinds), n_train, n_valid, seed,
+                      sorted((k, repr(v)) for k, v in options.items()))[:8]
     root = home/f'scenes_ade20k-{key}'
     if root.is_dir(): return root
     home.mkdir(parents=True, exist_ok=True)

@@ -35,21 +35,26 @@ A .json holds {"images": [{"id", "file_name", "height", "width"}, ...], "categor
 "annotations": [{"id", "image_id", "category_id", "bbox": [left, top, width, height], "segmentation", "area", "iscrowd"}, ...]}."""
 
 # %% ../nbs/lib/26_coco.ipynb #fc410f5a
-def is_number(value, low=-1e12, high=1e12): return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+def is_number(value, low=-1e12, high=1e12):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 def is_whole(value, low=-2**53, high=2**53): return is_number(value, low, high) and value == int(value)
 def is_text(value): return isinstance(value, str) and bool(value.strip()) and '\0' not in value
 def is_id(value): return is_whole(value) or is_text(value)
 def is_place(value): return is_text(value) and not Path(value).is_absolute() and '..' not in Path(value).parts
-def is_box(value): return isinstance(value, list) and len(value) == 4 and all(map(is_number, value)) and min(value[2:]) >= 0
+def is_box(value):
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value)) and min(value[2:]) >= 0
 
 A_NUMBER, A_SIDE = 'a whole number', 'a whole number from 1 to 100000'
 FIELDS = {
     'images': {'id': (is_whole, A_NUMBER), 'file_name': (is_place, 'a path below the folder of images'),
-               'height': (lambda v: is_whole(v, 1, 100000), A_SIDE), 'width': (lambda v: is_whole(v, 1, 100000), A_SIDE)},
+               'height': (lambda v: is_whole(v, 1, 100000), A_SIDE),
+               'width': (lambda v: is_whole(v, 1, 100000), A_SIDE)},
     'categories': {'id': (is_id, 'a whole number or a text'), 'name': (is_text, 'a text')},
-    'annotations': {'id': (is_whole, A_NUMBER), 'image_id': (is_whole, A_NUMBER), 'category_id': (is_id, 'a whole number or a text'),
+    'annotations': {'id': (is_whole, A_NUMBER), 'image_id': (is_whole, A_NUMBER),
+                    'category_id': (is_id, 'a whole number or a text'),
                     'bbox': (is_box, 'four numbers: left, top, and width and height of 0 or more'),
-                    'area': (lambda v: is_number(v, 0), 'a number from 0'), 'iscrowd': (lambda v: isinstance(v, (int, float)) and v in (0, 1), '0 or 1')}}
+                    'area': (lambda v: is_number(v, 0), 'a number from 0'),
+                    'iscrowd': (lambda v: isinstance(v, (int, float)) and v in (0, 1), '0 or 1')}}
 OPTIONAL = {'area', 'iscrowd'}
 
 def read_annotations(
@@ -67,7 +72,8 @@ def read_annotations(
         repeated = [i for i, n in Counter(entry['id'] for entry in held[part]).items() if n > 1]
         if repeated: raise wrong(f'"{part}" has the id {repeated[0]} more than once')
     if not held['images'] or not held['categories']: raise wrong('no images or no categories')
-    if len({isinstance(entry['id'], str) for entry in held['categories']}) > 1: raise wrong('category ids: got numbers and texts; allowed: one kind')
+    if len({isinstance(entry['id'], str) for entry in held['categories']}) > 1:
+        raise wrong('category ids: got numbers and texts; allowed: one kind')
     check_annotations(held, wrong, masks)
     if any(a['id'] < 1 for a in held['annotations']):  # the evaluator takes 0 for no match
         for i, a in enumerate(held['annotations'], 1): a['id'] = i
@@ -76,7 +82,8 @@ def read_annotations(
 def checked(entry, i, part, fields, wrong):
     "An entry of a list, every field of it tested; whole numbers as integers."
     one = {'images': 'image', 'categories': 'category', 'annotations': 'annotation'}[part]
-    if not isinstance(entry, dict): raise wrong(f'entry {i + 1} of "{part}": got {str(entry)[:60]!r}; allowed: a dictionary')
+    if not isinstance(entry, dict):
+        raise wrong(f'entry {i + 1} of "{part}": got {str(entry)[:60]!r}; allowed: a dictionary')
     name = f'{one} {entry["id"]}' if is_id(entry.get('id')) else f'entry {i + 1} of "{part}"'
     for key, (fits, allowed) in fields.items():
         if key not in entry:
@@ -90,12 +97,15 @@ def check_annotations(held, wrong, masks):
     "What refers to what, and what lies where; segmentations are dropped unless `masks`."
     images, categories = {entry['id']: entry for entry in held['images']}, {entry['id'] for entry in held['categories']}
     for a in held['annotations']:
-        def refuse(key, value, allowed): raise wrong(f'annotation {a["id"]}: {key}: got {str(value)[:60]}; allowed: {allowed}')
+        def refuse(key, value, allowed):
+            raise wrong(f'annotation {a["id"]}: {key}: got {str(value)[:60]}; allowed: {allowed}')
         if a['image_id'] not in images: refuse('image_id', a['image_id'], 'the id of an image that is listed')
-        if a['category_id'] not in categories: refuse('category_id', a['category_id'], 'the id of a category that is listed')
+        if a['category_id'] not in categories:
+            refuse('category_id', a['category_id'], 'the id of a category that is listed')
         size = images[a['image_id']]['height'], images[a['image_id']]['width']
         (left, top, width, height), far = a['bbox'], 10 * max(size)
-        if not all(-far <= v <= far for v in (left, top, left + width, top + height)): refuse('bbox', a['bbox'], f'numbers from -{far} to {far}')
+        if not all(-far <= v <= far for v in (left, top, left + width, top + height)):
+            refuse('bbox', a['bbox'], f'numbers from -{far} to {far}')
         if not masks: a.pop('segmentation', None)
         elif problem := segmentation_problem(a, size, far): refuse('segmentation', a.get('segmentation'), problem)
 
@@ -112,7 +122,8 @@ def segmentation_problem(a, size, far):
             return f'run lengths from 0 that make {size[0] * size[1]} pixels'
         if not isinstance(given['counts'], str): given['counts'] = [int(n) for n in counts]
         return ''
-    if not isinstance(given, list) or not all(isinstance(p, list) and all(is_number(v, -far, far) for v in p) for p in given):
+    if not isinstance(given, list) or not all(isinstance(p, list) and all(is_number(v, -far, far) for v in p) for p
+                                              in given):
         return f'lists of numbers from -{far} to {far}, or run lengths'
     if any(len(p) % 2 for p in given): return 'polygons of x, y, x, y, ...'
     a['segmentation'] = [p for p in given if len(p) >= 6]
@@ -140,7 +151,8 @@ def mask_of(
 ) -> dict:  # compressed run lengths
     "The mask of an annotation; raises `ValueError` where it has none or one of another size."
     given = annotation.get('segmentation')
-    if not given: raise ValueError(f'annotation {annotation.get("id")}: segmentation: got none; allowed: polygons or run lengths')
+    if not given:
+        raise ValueError(f'annotation {annotation.get("id")}: segmentation: got none; allowed: polygons or run lengths')
     if isinstance(given, dict) and tuple(given['size']) != tuple(size):
         raise ValueError(f'annotation {annotation.get("id")}: segmentation: got {given["size"]} pixels; allowed: those of its image, {list(size)}')
     return rle.segmToRle(given, size[1], size[0])
@@ -163,7 +175,8 @@ class CocoFolder:
         entries = sorted(held['images'], key=lambda e: e['id'])
         there, left_out = set(), Counter()
         for place in {Path(e['file_name']).parent for e in entries}:
-            if (self.folder/place).is_dir(): there |= {(place/f.name).as_posix() for f in pictures_in(self.folder/place, left_out)}
+            if (self.folder/place).is_dir():
+                there |= {(place/f.name).as_posix() for f in pictures_in(self.folder/place, left_out)}
         for e in entries: e['file_name'] = Path(e['file_name']).as_posix()
         if unlisted := len(there - {e['file_name'] for e in entries}): left_out['that no entry names'] = unlisted
         say_left_out(name, left_out)
@@ -179,7 +192,8 @@ class CocoFolder:
 
     def _has_area(self, a, entry):
         (left, top, width, height), ok = a['bbox'], a.get('area', 1) > 0
-        if ok: ok = min(left + width, entry['width']) > max(left, 0) and min(top + height, entry['height']) > max(top, 0)
+        if ok:
+            ok = min(left + width, entry['width']) > max(left, 0) and min(top + height, entry['height']) > max(top, 0)
         self.left_out['instances of zero area'] += not ok
         return ok
     def names(self, indices): return [str(self.folder/self.entries[i][0]['file_name']) for i in indices]
@@ -202,14 +216,17 @@ def __getitem__(self: CocoFolder, i):
     entry, instances = self.entries[i]
     path, size = self.folder/entry['file_name'], self.size(i)
     picture = open_image(path)
-    if picture.size == tuple(size) != picture.size[::-1] and picture.info['orientation'] > 4: picture = open_image(path, turn=False)  # annotated as it is stored
+    if picture.size == tuple(size) != picture.size[::-1] and picture.info['orientation'] > 4:
+        picture = open_image(path, turn=False)  # annotated as it is stored
     image = np.asarray(picture)
-    if image.shape[:2] != tuple(size): raise ValueError(f'image {path} has {image.shape[0]}x{image.shape[1]} pixels, its annotations say {size[0]}x{size[1]}')
+    if image.shape[:2] != tuple(size):
+        raise ValueError(f'image {path} has {image.shape[0]}x{image.shape[1]} pixels, its annotations say {size[0]}x{size[1]}')
     boxes = np.array([a['bbox'] for a in instances], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     runs = [mask_of(a, size) for a in instances] if self.masks else []
     masks = rle.decode(runs).transpose(2, 0, 1) if runs else np.zeros((0, *size), np.uint8)
-    return image, dict(boxes=boxes.clip(0, [size[1], size[0]] * 2).astype(np.float32), **(dict(masks=masks) if self.masks else {}),
+    return image, dict(boxes=boxes.clip(0, [size[1], size[0]] * 2).astype(np.float32),
+                       **(dict(masks=masks) if self.masks else {}),
                        labels=np.array([self.label[a['category_id']] for a in instances], np.int64),
                        crowd=np.array([bool(a.get('iscrowd')) for a in instances], bool), image_id=entry['id'])
 
@@ -246,7 +263,8 @@ def coco_instances(
     if split not in SPLIT_NAMES: raise ValueError(f'split: got {split!r}; allowed: {", ".join(SPLIT_NAMES)}')
     path, part = Path(path), dict(zip(SPLIT_NAMES, ('train2017', 'val2017')))[split]
     if not path.is_dir(): raise FileNotFoundError(f'path: {path} does not exist\n{COCO_LAYOUT}')
-    return CocoFolder(path/part, path/f'annotations/instances_{part}.json', f'{path.name}, {split}', skip_missing, masks)
+    return CocoFolder(path/part, path/f'annotations/instances_{part}.json', f'{path.name}, {split}', skip_missing,
+                      masks)
 
 # %% ../nbs/lib/26_coco.ipynb #7977b482
 def instance(
@@ -258,7 +276,8 @@ def instance(
     "A mask as COCO writes it"
     runs = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {'id': number, 'image_id': image_id, 'category_id': category_id, 'iscrowd': 0, 'area': float(mask.sum()),
-            'bbox': [float(v) for v in rle.toBbox(runs)], 'segmentation': {'size': [int(n) for n in runs['size']], 'counts': _text(runs['counts'])}}
+            'bbox': [float(v) for v in rle.toBbox(runs)],
+            'segmentation': {'size': [int(n) for n in runs['size']], 'counts': _text(runs['counts'])}}
 
 def _text(counts): return counts.decode() if isinstance(counts, bytes) else counts
 
@@ -281,7 +300,8 @@ def coco_scenes(
             (partial/part).mkdir()
             images, annotations = [], []
             for i, scene in enumerate(scenes(n, part == 'train2017', seed=seed, **options), start=1):
-                images.append({'id': i, 'file_name': f'{i:012}.jpg', 'height': scene.image.shape[0], 'width': scene.image.shape[1]})
+                images.append({'id': i, 'file_name': f'{i:012}.jpg', 'height': scene.image.shape[0],
+                               'width': scene.image.shape[1]})
                 Image.fromarray(scene.image).save(partial/part/images[-1]['file_name'], quality=95)
                 for label, mask in zip(scene.labels, scene.masks):
                     if mask.any(): annotations.append(instance(mask, len(annotations) + 1, i, int(label) + 1))
@@ -305,7 +325,8 @@ def as_results(
     "What was found in an image as COCO's results"
     found, boxes = [], np.asarray(boxes, float)
     for i, (box, label, score) in enumerate(zip(boxes, np.asarray(labels), np.asarray(scores, float))):
-        found.append({'image_id': int(image_id), 'category_id': category_ids[int(label) - 1], 'score': round(float(score), 5),
+        found.append({'image_id': int(image_id), 'category_id': category_ids[int(label) - 1],
+                      'score': round(float(score), 5),
                       'bbox': [round(float(v), 3) for v in (box[0], box[1], box[2] - box[0], box[3] - box[1])]})
         if masks is None: continue
         runs = rle.encode(np.asfortranarray(np.asarray(masks[i]).astype(np.uint8)))
@@ -320,7 +341,8 @@ def truth_as_results(
         if not dataset.masks: return {}
         runs = mask_of(a, (entry['height'], entry['width']))
         return {'segmentation': {**runs, 'counts': _text(runs['counts'])}}
-    return [{'image_id': entry['id'], 'category_id': a['category_id'], 'score': 1., 'bbox': list(a['bbox'])} | mask(a, entry)
+    return [{'image_id': entry['id'], 'category_id': a['category_id'], 'score': 1., 'bbox': list(a['bbox'])}
+            | mask(a, entry)
             for entry, instances in dataset.entries for a in instances if not a.get('iscrowd')]
 
 # %% ../nbs/lib/26_coco.ipynb #d53e6d7b
@@ -339,10 +361,13 @@ def average_precision(
     odd = sorted({str(r['category_id']) for r in results if r['category_id'] not in dataset.label})
     if odd: raise ValueError(f'results: categories {odd[:5]} are not in {dataset.name}')
     kinds = kinds or (('box', 'mask') if dataset.masks else ('box',))
-    if not dataset.masks and 'mask' in kinds: raise ValueError(f"kinds: got {kinds}; allowed: ('box',), since {dataset.name} was read without masks")
-    results = [{**r, 'category_id': dataset.label[r['category_id']]} for r in results]  # the evaluator gets numbers from 1, whatever the ids are
+    if not dataset.masks and 'mask' in kinds:
+        raise ValueError(f"kinds: got {kinds}; allowed: ('box',), since {dataset.name} was read without masks")
+    results = [{**r, 'category_id': dataset.label[r['category_id']]} for r
+               in results]  # the evaluator gets numbers from 1, whatever the ids are
     categories = [{**c, 'id': dataset.label[c['id']]} for c in dataset.categories]
-    truth = {'info': {}, 'images': [entry for entry, _ in dataset.entries], 'categories': categories, 'annotations': _ground_truth(dataset)}
+    truth = {'info': {}, 'images': [entry for entry, _ in dataset.entries], 'categories': categories,
+             'annotations': _ground_truth(dataset)}
     scores, curves = {}, []
     for kind in kinds:
         part = [{k: v for k, v in r.items() if kind == 'box' or k != 'bbox'} for r in results]
@@ -350,7 +375,8 @@ def average_precision(
         gt = COCO(copy.deepcopy(truth))
         judge = COCOeval_faster(gt, gt.loadRes(part), KINDS[kind], print_function=lambda *words: None)
         judge.run()
-        scores |= {f'{name}_{kind}': None if value < 0 else round(100 * float(value), 4) for name, value in zip(SCORES, judge.stats)}
+        scores |= {f'{name}_{kind}': None if value < 0 else round(100 * float(value), 4) for name, value
+                   in zip(SCORES, judge.stats)}
         curves += _curves(judge, kind)
     return scores, pd.DataFrame(curves, columns=['kind', 'iou', 'recall', 'precision'])
 
@@ -361,7 +387,8 @@ def _ground_truth(dataset):
         runs = mask_of(a, (entry['height'], entry['width'])) if dataset.masks else None
         area = a.get('area') or (rle.area(runs) if runs else a['bbox'][2] * a['bbox'][3])
         mask = {'segmentation': runs} if runs else {}
-        return {**a, 'category_id': dataset.label[a['category_id']], 'iscrowd': a.get('iscrowd', 0), 'area': float(area)} | mask
+        return {**a, 'category_id': dataset.label[a['category_id']], 'iscrowd': a.get('iscrowd', 0),
+                'area': float(area)} | mask
     return [whole(a, entry) for entry, instances in dataset.entries for a in instances]
 
 def _curves(judge, kind):
@@ -369,6 +396,7 @@ def _curves(judge, kind):
     precision = judge.eval['precision'][:, :, :, 0, -1]
     present = precision[0, 0] > -1
     if not present.any(): return []
-    rows = {f'{t:.2f}': p for t, p in zip(judge.params.iouThrs, precision[:, :, present].mean(-1)) if round(t * 100) in (50, 75)}
+    rows = {f'{t:.2f}': p for t, p in zip(judge.params.iouThrs, precision[:, :, present].mean(-1)) if round(t * 100)
+            in (50, 75)}
     rows['0.50 to 0.95'] = precision[:, :, present].mean((0, 2))
     return [(kind, iou, float(r), float(p)) for iou, p in rows.items() for r, p in zip(judge.params.recThrs, p)]

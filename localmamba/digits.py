@@ -185,10 +185,12 @@ def scenes(
 ): # yields `Scene`s
     "Scenes of several digits, one after the other"
     if min(size) < 32: raise ValueError(f'size: got {size}; allowed: two numbers of at least 32 pixels')
-    if not 1 <= n_digits[0] <= n_digits[1]: raise ValueError(f'n_digits: got {n_digits}; allowed: 1 or more, the smaller number first')
+    if not 1 <= n_digits[0] <= n_digits[1]:
+        raise ValueError(f'n_digits: got {n_digits}; allowed: 1 or more, the smaller number first')
     _check_scenes(min(size), 10, 10, 0.2, digit_size, contrast)
     bundled, photos = load_digits(), [Image.fromarray(photo) for photo in load_sample_images().images]
-    if not kinds or set(kinds) - set(range(10)): raise ValueError(f'kinds: got {kinds}; allowed: some of the digits 0 to 9')
+    if not kinds or set(kinds) - set(range(10)):
+        raise ValueError(f'kinds: got {kinds}; allowed: some of the digits 0 to 9')
     chosen = split_digits(bundled.target, 0.2, np.random.default_rng([seed, 0]))[0 if train else 1]
     chosen = chosen[np.isin(bundled.target[chosen], kinds)]
     for i in range(n):

@@ -105,7 +105,8 @@ SKIP = '; skip_corrupt=True leaves such files out and counts them'  # the cure, 
 
 class CorruptImage(ValueError):
     "A file that cannot be decoded."
-    def __init__(self, path, why='', cure=''):  # of one argument, as loader processes hand errors over, it is the whole message
+    def __init__(self, path, why='',
+                 cure=''):  # of one argument, as loader processes hand errors over, it is the whole message
         self.path, self.why, self.cure = path, why, cure
         super().__init__(f'corrupt image: {path} ({why}){cure}' if why else str(path))
     def __reduce__(self): return CorruptImage, (self.path, self.why, self.cure)
@@ -115,11 +116,15 @@ class UnfitImage(ValueError): "A file that can be decoded and cannot be meant."
 # %% ../nbs/lib/21_images.ipynb #9aaf130d
 Image.init()
 FORMATS = tuple(name for name in (
-    'PNG', 'JPEG', 'MPO', 'TIFF', 'WEBP', 'AVIF', 'BMP', 'GIF', 'JPEG2000', 'PPM', 'TGA', 'DIB', 'ICO', 'ICNS', 'PCX', 'PSD', 'QOI', 'SGI', 'SUN', 'DDS',
-    'XBM', 'XPM', 'MSP', 'IM', 'IMT', 'PIXAR', 'FLI', 'CUR', 'BLP', 'DCX', 'FTEX', 'GBR', 'PCD', 'SPIDER', 'FITS', 'MCIDAS', 'XVTHUMB') if name in Image.OPEN)
+    'PNG', 'JPEG', 'MPO', 'TIFF', 'WEBP', 'AVIF', 'BMP', 'GIF', 'JPEG2000', 'PPM', 'TGA', 'DIB', 'ICO', 'ICNS', 'PCX',
+    'PSD', 'QOI', 'SGI', 'SUN', 'DDS',
+    'XBM', 'XPM', 'MSP', 'IM', 'IMT', 'PIXAR', 'FLI', 'CUR', 'BLP', 'DCX', 'FTEX', 'GBR', 'PCD', 'SPIDER', 'FITS',
+    'MCIDAS', 'XVTHUMB') if name in Image.OPEN)
 SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}  # what makes EXIF's orientations upright
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # what makes EXIF's orientations upright
 
 def orientation(image):  # 1 to 8
     "EXIF's orientation of an opened picture; 1, upright, where it is missing or unreadable."
@@ -135,7 +140,8 @@ def image_size(
     with open(path, 'rb') as f, decoding(path):
         image = Image.open(f, formats=FORMATS)
         (width, height), info = image.size, image.info
-        told = image.format != 'PNG' or {'exif', 'Raw profile type exif', 'XML:com.adobe.xmp'} & info.keys()  # a PNG would be decoded to look for it
+        told = image.format != 'PNG' or {'exif', 'Raw profile type exif',
+                                         'XML:com.adobe.xmp'} & info.keys()  # a PNG would be decoded to look for it
         turned = image.format != 'TIFF' and told and orientation(image) > 4  # Pillow turns TIFFs itself
     return (width, height) if turned else (height, width)
 
@@ -162,7 +168,8 @@ def decoding(
 def pages(image):
     "How many pictures a file holds, smaller copies of the first not counted."
     n = getattr(image, 'n_frames', 1)
-    if n == 1 or image.format in ('MPO', 'PSD', 'ICO', 'ICNS', 'CUR'): return 1  # previews, layers, and sizes of one picture
+    if n == 1 or image.format in ('MPO', 'PSD', 'ICO', 'ICNS', 'CUR'):
+        return 1  # previews, layers, and sizes of one picture
     if image.format != 'TIFF': return n
     whole = 0
     for page in range(n):
@@ -180,9 +187,11 @@ def eight_bits(
     "A picture of any depth and colour in 8 bits a channel; raises `UnfitImage`."
     if image.mode[0] in 'IF':
         values, kind = np.asarray(image), image.mode
-        if kind == 'F' and not np.isfinite(values).all(): raise UnfitImage(f'image {path}: got grey values that are not finite; allowed: numbers from 0 to 255')
+        if kind == 'F' and not np.isfinite(values).all():
+            raise UnfitImage(f'image {path}: got grey values that are not finite; allowed: numbers from 0 to 255')
         low, high = (values.min(), values.max()) if values.size else (0, 0)
-        tops = (65535,) if kind != 'F' and (kind != 'I' or image.format in ('PNG', 'PPM')) else (1, 255) if kind == 'F' else (255, 65535)
+        tops = (65535,) if kind != 'F' and (kind != 'I' or image.format
+                                            in ('PNG', 'PPM')) else (1, 255) if kind == 'F' else (255, 65535)
         if low < 0 or high > tops[-1]:
             raise UnfitImage(f'image {path}: got grey values from {low:g} to {high:g}; allowed: 0 to {" or 0 to ".join(map(str, tops))}')
         image = Image.fromarray(np.rint(values * (255 / next(top for top in tops if high <= top))).astype(np.uint8))
@@ -190,7 +199,8 @@ def eight_bits(
         if mode != 'RGBA' and image.has_transparency_data:
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
         return image.convert(mode)
-    except ValueError as e: raise UnfitImage(f'image {path}: got colours of the kind {image.mode}; allowed: what Pillow converts to {mode} ({e})') from e
+    except ValueError as e:
+        raise UnfitImage(f'image {path}: got colours of the kind {image.mode}; allowed: what Pillow converts to {mode} ({e})') from e
 
 def open_image(
     path,  # of the file
@@ -309,7 +319,8 @@ def list_folder(path):
     left_out, found = Counter(), []
     for split in ('train', 'valid'):
         name, classes = split_folder(path, split, left_out)
-        for cls, files in classes.items(): found += [(name, cls, f.name, ((about := f.stat()).st_size, about.st_mtime_ns)) for f in files]
+        for cls, files in classes.items():
+            found += [(name, cls, f.name, ((about := f.stat()).st_size, about.st_mtime_ns)) for f in files]
     say_left_out(path.name, left_out)
     return sorted(found)
 
@@ -359,7 +370,8 @@ def _decode(path, found, valid, classes, size, skip_corrupt):
                 if not skip_corrupt: raise CorruptImage(where, e.why, SKIP) from e
                 skipped.append(where)
             else: labels.append(number[cls]), kept.append(f'{split}/{cls}/{name}')
-        arrays |= {f'{key}_images': images[:len(labels)], f'{key}_labels': np.array(labels, np.int64), f'{key}_files': np.array(kept, dtype=str)}
+        arrays |= {f'{key}_images': images[:len(labels)], f'{key}_labels': np.array(labels, np.int64),
+                   f'{key}_files': np.array(kept, dtype=str)}
     return arrays | dict(classes=np.array(classes), skipped=np.array(skipped, dtype=str))
 
 
@@ -406,7 +418,8 @@ def image_folder(
     else:
         regular(path)
         found, about = None, path.stat()
-        key, stem, home = fingerprint('upright', path.name, about.st_size, about.st_mtime_ns), f'.decoded-{path.name}', path.parent
+        key, stem, home = fingerprint('upright', path.name, about.st_size,
+                                      about.st_mtime_ns), f'.decoded-{path.name}', path.parent
     file = home / f'{stem}-{size}-{key}.npz'
     arrays = _load_cache(file) if cache else None
     if arrays is None:

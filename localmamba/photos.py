@@ -38,7 +38,9 @@ class PhotoSet:
     def __repr__(self): return f'{self.name}: {len(self)} images, {len(self.classes)} classes'
     def __getitem__(self, i): return open_image(self.files[i]), int(self.labels[i])
     def names(self, indices): return [str(self.files[i]) for i in indices]
-    def take(self, indices): return PhotoSet([self.files[i] for i in indices], self.labels[np.asarray(indices, int)], self.classes, self.name)
+    def take(self, indices):
+        return PhotoSet([self.files[i] for i in indices], self.labels[np.asarray(indices, int)], self.classes,
+                        self.name)
 
 # %% ../nbs/lib/25_photos.ipynb #00d0475b
 def _folders(path, split):
@@ -58,7 +60,8 @@ def _lists(path, split):
     for n, line in enumerate(file.read_text().splitlines(), 1):
         *words, label = line.rsplit(None, 1) if line.strip() else ('', '')
         if not line.strip(): continue
-        if not words or not label.isdigit(): raise ValueError(f'{file}, line {n}: got {line!r}; allowed: "<file> <class number>"')
+        if not words or not label.isdigit():
+            raise ValueError(f'{file}, line {n}: got {line!r}; allowed: "<file> <class number>"')
         files.append((path/name/words[0], int(label)))
     if not files: raise ValueError(f'{file} names no image\n{PHOTO_LAYOUT}')
     folders = sorted({f.parent.name for f, _ in files})
@@ -76,7 +79,8 @@ def photo_folder(
     if not path.is_dir(): raise FileNotFoundError(f'path: {path} is not a folder\n{PHOTO_LAYOUT}')
     listed = (path/'meta'/('train.txt' if split == 'train' else 'val.txt')).is_file()
     files, classes = (_lists if listed else _folders)(path, split)
-    return PhotoSet([str(f) for f, _ in files], np.array([label for _, label in files]), tuple(classes), f'{path.name}, {split}')
+    return PhotoSet([str(f) for f, _ in files], np.array([label for _, label in files]), tuple(classes),
+                    f'{path.name}, {split}')
 
 def same_classes(
     train, # `PhotoSet` or `ImageSet`
@@ -98,8 +102,10 @@ def train_transform(
     stats: tuple = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), # mean and standard deviation of pixels from 0 to 1
 ): # a PIL image to a tensor (3, size, size)
     "Random crop, flip, policy and erasing, by timm; bicubic"
-    transform = create_transform(size, is_training=True, scale=scale, hflip=hflip, auto_augment=auto_augment or None, color_jitter=color_jitter or None,
-                                 interpolation='bicubic', re_prob=random_erasing, re_mode='pixel', mean=stats[0], std=stats[1])
+    transform = create_transform(size, is_training=True, scale=scale, hflip=hflip, auto_augment=auto_augment or None,
+                                 color_jitter=color_jitter or None,
+                                 interpolation='bicubic', re_prob=random_erasing, re_mode='pixel', mean=stats[0],
+                                 std=stats[1])
     for op in (op for part in transform.transforms for op in getattr(part, 'ops', ())):
         if op.aug_fn is timm_augment.posterize: op.aug_fn = _posterize
     return transform
@@ -113,7 +119,8 @@ def eval_transform(
     stats: tuple = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), # mean and standard deviation of pixels from 0 to 1
 ): # a PIL image to a tensor (3, size, size)
     "Resize the shorter side, cut out the centre; bicubic"
-    return create_transform(size, is_training=False, crop_pct=crop, interpolation='bicubic', mean=stats[0], std=stats[1])
+    return create_transform(size, is_training=False, crop_pct=crop, interpolation='bicubic', mean=stats[0],
+                            std=stats[1])
 
 # %% ../nbs/lib/25_photos.ipynb #554ad58c
 class PhotoTransform:
@@ -138,7 +145,10 @@ def photo_loaders(
     "Loaders for training and validation"
     if train is None: train = valid
     same_classes(train, valid)
-    common = dict(workers=workers, skip_corrupt=skip_corrupt, device=default_device() if device is None else device, seed=seed)
+    common = dict(workers=workers, skip_corrupt=skip_corrupt, device=default_device() if device is None else device,
+                  seed=seed)
     training, evaluation = (PhotoTransform(transform) for transform in transforms)
-    return DataLoaders(StreamLoader(train, min(batch_size, len(train)) if train is valid else batch_size, training, Passes(repeats), **common),
-                       StreamLoader(valid, batch_size, evaluation, InOrder(), **common), device=torch.device(common['device']))
+    return DataLoaders(StreamLoader(train, min(batch_size, len(train)) if train is valid else batch_size, training,
+                                    Passes(repeats), **common),
+                       StreamLoader(valid, batch_size, evaluation, InOrder(), **common),
+                       device=torch.device(common['device']))

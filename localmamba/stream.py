@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, default_collate
 from .images import SKIP, CorruptImage
 
 # %% ../nbs/lib/24_stream.ipynb #d82864e4
-MEAN, STD = ((255 * np.array(values)).astype(np.float32) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)) # of pixels from 0 to 255
+MEAN, STD = ((255 * np.array(values)).astype(np.float32) for values
+             in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)) # of pixels from 0 to 255
 
 def fitted(
     size,  # height and width
@@ -69,7 +70,8 @@ class Passes:
     def length(self, loader): return loader.n // loader.bs
     def batches(self, loader, epoch):
         order, bs = permuted(loader.seed, epoch, loader.n).repeat(self.repeats)[:loader.n].tolist(), loader.bs
-        return [[(p, order[p]) for p in range(i * bs + loader.rank, (i + 1) * bs, loader.world)] for i in range(self.length(loader))]
+        return [[(p, order[p]) for p in range(i * bs + loader.rank, (i + 1) * bs, loader.world)] for i
+                in range(self.length(loader))]
     def random(self, seed, epoch, position): return seed, epoch, position  # a key for `drawing`
 
 class Endless:
@@ -81,7 +83,8 @@ class Endless:
         def image(p): return int(permuted(loader.seed, 0, p // loader.n, loader.n)[p % loader.n])
         first = epoch * self.steps * loader.bs
         starts = [first + i * loader.bs for i in range(self.steps)]
-        return [[(p, image(p)) for p in range(start + loader.rank, start + loader.bs, loader.world)] for start in starts]
+        return [[(p, image(p)) for p in range(start + loader.rank, start + loader.bs, loader.world)] for start
+                in starts]
     def random(self, seed, epoch, position): return np.random.default_rng([seed, 1, position])
 
 # %% ../nbs/lib/24_stream.ipynb #b2509fc6
@@ -91,7 +94,8 @@ class InOrder:
     def length(self, loader): return -(-loader.n // loader.bs)
     def batches(self, loader, epoch):
         firsts = range(0, loader.n, loader.bs)
-        return [[(p, p) for p in range(first + loader.rank, min(first + loader.bs, loader.n), loader.world)] for first in firsts]
+        return [[(p, p) for p in range(first + loader.rank, min(first + loader.bs, loader.n), loader.world)]
+                for first in firsts]
     def random(self, seed, epoch, position): return seed, epoch, position
 
 class BySize:
@@ -160,7 +164,8 @@ class StreamLoader:
     ):
         most = len(dataset) if isinstance(draw, Passes) else None
         if not isinstance(bs, int) or bs < 1 or most and bs > most:
-            raise ValueError(f'bs: got {bs!r}; allowed: ' + (f'1 to {most}, the training images' if most else 'an integer from 1'))
+            raise ValueError(f'bs: got {bs!r}; allowed: '
+                             + (f'1 to {most}, the training images' if most else 'an integer from 1'))
         self.dataset, self.bs, self.transform, self.draw = dataset, bs, transform, draw
         self.seed, self.workers, self.skip_corrupt, self.device = seed, workers, skip_corrupt, torch.device(device)
         self.rank, self.world, self.epoch, self.start, self.skipped = rank, world, 0, 0, set()
@@ -191,8 +196,10 @@ def samples(self: StreamLoader): return Samples(self.dataset, self.transform, se
 @patch
 def __iter__(self: StreamLoader):
     batches, self.epoch, self.start = [b for b in self.batches(self.epoch)[self.start:] if b], self.epoch + 1, 0
-    for batch, lost in DataLoader(self.samples(), batch_sampler=batches, num_workers=self.workers, generator=torch.Generator(),
-                                  collate_fn=partial(collated, collate=self.collate), pin_memory=self.device.type == 'cuda'):
+    for batch, lost in DataLoader(self.samples(), batch_sampler=batches, num_workers=self.workers,
+                                  generator=torch.Generator(),
+                                  collate_fn=partial(collated, collate=self.collate), pin_memory=self.device.type
+                                  == 'cuda'):
         self.skipped.update(lost)
         if batch is not None: yield tuple(moved(part, self.device) for part in batch)
 
@@ -224,7 +231,8 @@ def drawing(
 class SampleLoader(StreamLoader):
     "`StreamLoader` with so many `steps` a pass, or, with none, every image once."
     def __init__(self, dataset, batch_size, steps, transform, seed=0, workers=0, device='cpu', rank=0, world=1):
-        super().__init__(dataset, batch_size, transform, Endless(steps) if steps else BySize(), seed=seed, workers=workers, device=device,
+        super().__init__(dataset, batch_size, transform, Endless(steps) if steps else BySize(), seed=seed,
+                         workers=workers, device=device,
                          rank=rank, world=world)
     batch_size = property(lambda self: self.bs)
     steps = property(lambda self: getattr(self.draw, 'steps', 0))
