@@ -146,6 +146,7 @@ class MemoryLoader:
         stats: tuple = None, # mean and standard deviation a channel, of pixels from 0 to 1; None: of these images
         seed: int = 0, # decides order and augmentation
         device = 'cpu', # where the images are kept and the batches made
+        *,
         side: int = None, # of the square that is cut from the middle of each image, after augmentation; None: the whole
     ):
         self.dataset, self.bs, self.shuffle, self.drop_last = dataset, bs, shuffle, drop_last
@@ -262,6 +263,7 @@ def loaders(
     device=None, # where the images are kept; None: what fastai would use
     stats: tuple = None, # mean and standard deviation a channel; None: those of the training images
     path='.', # where fastai may save things
+    *,
     side: int = None, # of the square cut from the middle of each image, after augmentation; None: the whole
 ) -> DataLoaders: # fastai's, with two `MemoryLoader`s
     "Loaders for training and validation"

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['scan_steps', 'along', 'to_raster', 'ScanInputs', 'scan_core', 'conv_core', 'apply_along', 'directional_scan_ref',
-           'directional_conv_ref', 'expect_one', 'expect', 'mamba_groups', 'from_mamba', 'to_mamba', 'identity_order',
+           'directional_conv_ref', 'expect_one', 'expect', 'mamba_groups', 'from_mamba', 'to_mamba',
            'selective_scan_ref']
 
 # %% ../nbs/lib/01_recurrence.ipynb #7bcdf289
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -183,7 +183,8 @@ def mamba_groups(
     expect('A', inputs.A, inputs.u.shape[1], 'N')
     (batch, dim, L), N = inputs.u.shape, inputs.A.shape[1]
     G = max(x.shape[1] if x.dim() == 4 else 1 for x in (inputs.B, inputs.C))
-    if G == 0 or dim % G: raise ValueError(f'B, C: got {G} groups; allowed: a number that divides the {dim} channels of u')
+    if G == 0 or dim % G:
+        raise ValueError(f'B, C: got {G} groups; allowed: a number that divides the {dim} channels of u')
     steps = (dim, N), (batch, N, L), (batch, 1, N, L), (batch, G, N, L)
     forms = dict(delta=[inputs.u.shape], z=[inputs.u.shape], D=[(dim,)], delta_bias=[(dim,)], B=steps, C=steps)
     for name, shapes in forms.items():
@@ -212,16 +213,6 @@ def to_mamba(
     "Our layout to `mamba_ssm`'s."
     return y.transpose(2, 3).flatten(1, 2), last_state.flatten(1, 2)
 
-
-@lru_cache(maxsize=64)
-def identity_order(
-    K: int,  # directions
-    L: int,  # steps
-    device,
-) -> Tensor:  # (K, L) int64; cached and shared, not to be written to
-    "K orders that visit L tokens as they lie."
-    with torch.inference_mode(False): return torch.arange(L, device=device).repeat(K, 1)
-
 # %% ../nbs/lib/01_recurrence.ipynb #1a380656
 def selective_scan_ref(
     u: Tensor,      # (B, D, L)
@@ -237,6 +228,6 @@ def selective_scan_ref(
 ) -> Tensor:  # (B, D, L), u's dtype; with the last state (B, D, N) if asked
     "The selective scan in `mamba_ssm`'s layout, in plain PyTorch."
     inputs = from_mamba(ScanInputs(u, delta, A, B, C, D, z, delta_bias, None, delta_softplus))
-    inputs = inputs._replace(order=identity_order(*inputs.u.shape[1:3], u.device))
+    inputs = inputs._replace(order=torch.arange(u.shape[2], device=u.device).expand(inputs.u.shape[1], -1))
     y, last_state = to_mamba(*apply_along(scan_core, inputs, u.shape[2]))
     return (y, last_state) if return_last_state else y

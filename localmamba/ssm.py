@@ -8,13 +8,17 @@ __all__ = ['ScanArguments', 'directional_scan', 'directional_conv', 'selective_s
 # %% ../nbs/lib/03_ssm.ipynb #224bced5
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.backends import (backends, choice, fake_gradients, finish_gradients, kernels_of, operators,
-                                         register_operator)
-from .recurrence import (ScanInputs, along, directional_conv_ref, directional_scan_ref, expect, expect_one,
-                                   from_mamba, identity_order, scan_steps, selective_scan_ref, to_mamba, to_raster)
+from .kernels.backends import (REFERENCE, backends, choice, fake_gradients, finish_gradients, kernels_of,
+                                         operators, readable, register_operator, transformed)
+from .recurrence import (ScanInputs, along, apply_along, directional_conv_ref, directional_scan_ref, expect,
+                                   expect_one, from_mamba, scan_core, scan_steps, selective_scan_ref, to_mamba,
+                                   to_raster)
+from .scan import TABLES, PrivateOrder, own_order, trusted_order
 
 # %% ../nbs/lib/03_ssm.ipynb #3b7b74a8
 class ScanArguments(NamedTuple):
@@ -37,6 +41,14 @@ class ScanArguments(NamedTuple):
     @property
     def inputs(self) -> ScanInputs: return ScanInputs(*self[:len(ScanInputs._fields)])
 
+    @property
+    def named(self) -> str:  # what an order that does not fit is blamed on
+        return 'tokens' if self.along_order and self.z is None else 'order'
+
+    def saved_shape(self, kernels) -> tuple[int, ...]:  # of what the forward keeps
+        (Bt, K, S, D), order = self.delta.shape, self.order
+        return kernels.saved_shape(Bt, K, S if order is None else order.shape[1], D, self.A.shape[2])
+
 
 _scan_schema = ('Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, '
                 'Tensor? order, bool delta_softplus, bool along_order, SymInt tokens, str backend, int[] sample')
@@ -50,77 +62,153 @@ _lib, _ops = operators(
     f'directional_conv_backward(Tensor dy, {_conv_schema}) -> (Tensor, Tensor, Tensor)')
 
 # %% ../nbs/lib/03_ssm.ipynb #3e524409
-def _checked_order(order, tokens, like):
-    "The order on the right device, each token in it exactly once."
-    if getattr(order, '_localmamba_checked', None) != (tokens, 0 if order.is_inference() else order._version):
-        L = order.shape[1]
-        whole = torch.arange(tokens - L, tokens, device=order.device).clamp(min=-1)
-        if L < tokens or not (order.sort(dim=1).values == whole).all():
-            raise ValueError(f'order: got {L} steps for {tokens} tokens; allowed: in each row every raster index '
-                             f'0..{tokens - 1} exactly once and -1 elsewhere '
-                             '(with along_order, no z and padding steps, give tokens=)')
-        order._localmamba_checked = tokens, 0 if order.is_inference() else order._version
-    if order.is_inference() and not torch.is_inference_mode_enabled(): order = order.clone()
-    return order.to(like.device)
+_DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def _expect_dtypes(device, tensors):
+    "Refuse tensors that are not floating point, or not on u's device."
+    for name, x in tensors:
+        if x is None: continue
+        if not isinstance(x, Tensor): raise TypeError(f'{name}: got {type(x).__name__}; allowed: a tensor')
+        if x.dtype not in _DTYPES:
+            real = 'only real parameters are supported: ' if x.is_complex() else ''
+            raise ValueError(f"{name}: got dtype {x.dtype}; allowed: {real}{', '.join(map(str, _DTYPES))}")
+        if x.device != device:
+            raise ValueError(f'{name}: got device {x.device}; allowed: {device}, as the first argument')
+
+
+def _expect_order(order, device, K, L='L'):
+    "Refuse an order of another dtype, device or shape."
+    if not isinstance(order, Tensor): raise TypeError(f'order: got {type(order).__name__}; allowed: a tensor')
+    if order.dtype != torch.int64: raise ValueError(f'order: got dtype {order.dtype}; allowed: torch.int64')
+    if order.device != device and order.device.type != 'cpu':
+        raise ValueError(f'order: got device {order.device}; allowed: {device}, or cpu')
+    if order.dim() != 2 or order.shape[0] != K or L not in ('L', order.shape[1]): expect('order', order, K, L)
+
+
+def _expect_scan(inputs, tokens):
+    "Refuse inputs of a scan that do not fit together; T."
+    u, delta, A, B, C, D, z, delta_bias = inputs.tensors
+    _expect_dtypes(u.device if isinstance(u, Tensor) else None, zip(inputs._fields, inputs.tensors))
+    if delta.dim() != 4: expect('delta', delta, 'Bt', 'K', 'L' if inputs.along_order else 'T', 'D')
+    if A.dim() != 3: expect('A', A, 'K', 'D', 'N')
+    (Bt, K, S, dim), N = delta.shape, A.shape[2]
+    if K == 0: raise ValueError('delta: got 0 directions; allowed: 1 or more')
+    if inputs.order is not None: _expect_order(inputs.order, u.device, K, S if inputs.along_order else 'L')
+    named = S if not inputs.along_order else None if z is None else z.shape[-2]
+    if tokens is None: tokens = S if named is None else named
+    if named not in (None, tokens): raise ValueError(f'tokens: got {tokens}; allowed: {named}, as u and z say')
+    if inputs.order is None and tokens != S: raise ValueError(f'tokens: got {tokens}; allowed: {S}, one a step')
+    expect_one('u', u, (Bt, K, S, dim), *(() if inputs.along_order else ((Bt, S, dim),)))
+    expect_one('A', A, (K, dim, N))
+    for name, x in (('B', B), ('C', C)): expect_one(name, x, (Bt, K, S, N), (K, dim, N))
+    for name, x in (('D', D), ('delta_bias', delta_bias)):
+        if x is not None: expect_one(name, x, (K, dim))
+    if z is not None: expect_one('z', z, (Bt, tokens, dim), (Bt, K, tokens, dim))
+    return tokens
+
+# %% ../nbs/lib/03_ssm.ipynb #f35dca47
+def _expect_conv(x, weight, bias, order):
+    "Refuse inputs of a convolution that do not fit together."
+    _expect_dtypes(x.device if isinstance(x, Tensor) else None, (('x', x), ('weight', weight), ('bias', bias)))
+    expect('x', x, 'Bt', 'T', 'D')
+    expect('weight', weight, 'K', x.shape[2], 'W')
+    if not 1 <= weight.shape[2] <= 8: raise ValueError(f'weight: got {weight.shape[2]} taps; allowed: 1 to 8')
+    if weight.shape[0] == 0: raise ValueError('weight: got 0 directions; allowed: 1 or more')
+    if bias is not None: expect('bias', bias, *weight.shape[:2])
+    _expect_order(order, x.device, weight.shape[0])
+
+
+def _identity(K, L):
+    "K orders that visit L tokens as they lie."
+    return TABLES.get(('identity', K, L), lambda: PrivateOrder(np.arange(L)[None].repeat(K, 0), L))
 
 
 def _prepared(arguments):
-    "The inputs of a backend: a real order, and A, D and the bias in fp32."
+    "Checked inputs for a backend: a real order, and A, D and the bias in fp32."
     inputs, order = arguments.inputs, arguments.order
-    if order is None: order = identity_order(*inputs.delta.shape[1:3], inputs.u.device)
-    else: order = _checked_order(order, arguments.tokens, inputs.u)
+    _expect_scan(inputs, arguments.tokens)
+    if order is None: order = _identity(*inputs.delta.shape[1:3]).on(inputs.u.device)
+    else: order = trusted_order(order, arguments.tokens, inputs.u.device, arguments.named)
     if inputs.u.dtype == torch.float64: return inputs._replace(order=order)
-    single = {name: x.float() for name, x in inputs._asdict().items() if name in ('A', 'D', 'delta_bias') and x is not None}
-    return inputs._replace(order=order, **single)
+    single = lambda x: None if x is None else x.float()
+    return inputs._replace(A=single(inputs.A), D=single(inputs.D), delta_bias=single(inputs.delta_bias), order=order)
 
-# %% ../nbs/lib/03_ssm.ipynb #f35dca47
+# %% ../nbs/lib/03_ssm.ipynb #f14a1e46
+def _empty(inputs, tokens): return 0 in (*inputs.delta.shape, inputs.A.shape[2], inputs.order.shape[1], tokens)
+
+
 def _scan_forward(*args):
     arguments = ScanArguments(*args)
-    y, last_state, saved = kernels_of(arguments.backend, arguments.u).scan_forward(*_prepared(arguments))
+    inputs, kernels = _prepared(arguments), kernels_of(arguments.backend, arguments.u)
+    if _empty(inputs, arguments.tokens):
+        shape = arguments.saved_shape(kernels)
+        y, last_state = apply_along(scan_core, inputs, arguments.tokens)
+        return y.contiguous(), last_state.contiguous(), inputs.u.new_zeros(shape, dtype=torch.float32)
+    y, last_state, saved = kernels.scan_forward(*inputs)
     return y.contiguous(), last_state.contiguous(), saved
 
 
 def _scan_fake(*args):
     arguments = ScanArguments(*args)
-    u, order, (Bt, K, S, D), N = arguments.u, arguments.order, arguments.delta.shape, arguments.A.shape[2]
-    saved = kernels_of(arguments.backend, u).saved_shape(Bt, K, S if order is None else order.shape[1], D, N)
+    u, (Bt, K, _, D), N = arguments.u, arguments.delta.shape, arguments.A.shape[2]
+    _expect_scan(arguments.inputs, arguments.tokens)
     wide = torch.float64 if u.dtype == torch.float64 else torch.float32
     return (u.new_empty(Bt, K, arguments.tokens, D), u.new_empty(Bt, K, D, N, dtype=wide),
-            u.new_empty(saved, dtype=torch.float32))
+            u.new_empty(arguments.saved_shape(kernels_of(arguments.backend, u)), dtype=torch.float32))
 
 
 def _scan_backward(dy, dlast_state, saved, *args):
     arguments = ScanArguments(*args)
-    inputs, (Bt, K, _, D) = arguments.inputs, arguments.delta.shape
+    inputs, kernels = _prepared(arguments), kernels_of(arguments.backend, arguments.u)
+    Bt, K, _, D = arguments.delta.shape
     if dy is None: dy = inputs.u.new_zeros(Bt, K, arguments.tokens, D)
-    kernels = kernels_of(arguments.backend, inputs.u)
-    grads = kernels.scan_backward(dy, dlast_state, *_prepared(arguments), saved)
-    return finish_gradients(grads, inputs.tensors)
+    expect('dy', dy, Bt, K, arguments.tokens, D)
+    if dlast_state is not None: expect('dlast_state', dlast_state, Bt, K, D, arguments.A.shape[2])
+    expect('saved', saved, *arguments.saved_shape(kernels))
+    if 0 in inputs.delta.shape: grads = [None if x is None else torch.zeros_like(x) for x in inputs.tensors]
+    elif _empty(inputs, arguments.tokens): grads = REFERENCE.scan_backward(dy, dlast_state, *inputs)
+    else: grads = kernels.scan_backward(dy, dlast_state, *inputs, saved)
+    return finish_gradients(grads, arguments.inputs.tensors)
 
 
 def _scan_backward_fake(dy, dlast_state, saved, *args): return fake_gradients(ScanArguments(*args).inputs.tensors)
 
-# %% ../nbs/lib/03_ssm.ipynb #f14a1e46
+# %% ../nbs/lib/03_ssm.ipynb #af2c8b46
 def _conv_forward(x, weight, bias, order, backend):
-    return kernels_of(backend, x).conv_forward(x, weight, bias, _checked_order(order, x.shape[1], x)).contiguous()
+    _expect_conv(x, weight, bias, order)
+    order, kernels = trusted_order(order, x.shape[1], x.device), kernels_of(backend, x)
+    if 0 in (*x.shape, order.shape[1]): kernels = REFERENCE
+    return kernels.conv_forward(x, weight, bias, order).contiguous()
 
 
 def _conv_fake(x, weight, bias, order, backend):
+    _expect_conv(x, weight, bias, order)
     return x.new_empty(x.shape[0], order.shape[0], order.shape[1], x.shape[2])
 
 
 def _conv_backward(dy, x, weight, bias, order, backend):
-    grads = kernels_of(backend, x).conv_backward(dy, x, weight, bias, _checked_order(order, x.shape[1], x))
-    return finish_gradients(grads, (x, weight, bias))
+    _expect_conv(x, weight, bias, order)
+    expect('dy', dy, x.shape[0], *order.shape, x.shape[2])
+    order, kernels = trusted_order(order, x.shape[1], x.device), kernels_of(backend, x)
+    if 0 in (*x.shape, order.shape[1]): kernels = REFERENCE
+    return finish_gradients(kernels.conv_backward(dy, x, weight, bias, order), (x, weight, bias))
 
 
 def _conv_backward_fake(dy, x, weight, bias, order, backend): return fake_gradients((x, weight, bias))
 
 # %% ../nbs/lib/03_ssm.ipynb #7ccaa948
+def _own(order, tokens, named='order'):
+    "The private copy, or what stands for the order while a graph is made."
+    return trusted_order(order, tokens, named=named) if readable(order) else order
+
+
 def _keep_scan(ctx, inputs, output):
     arguments = ScanArguments(*inputs)
+    order = arguments.order
+    if order is not None: arguments = arguments._replace(order=_own(order, arguments.tokens, arguments.named))
     ctx.save_for_backward(*arguments.inputs.tensors, output[2])
-    ctx.rest = inputs[len(arguments.inputs.tensors):]
+    ctx.rest = arguments[len(arguments.inputs.tensors):]
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
@@ -136,7 +224,7 @@ def _scan_vjp(ctx, dy, dlast_state, _):
 def _keep_conv(ctx, inputs, output):
     x, weight, bias, order, backend = inputs
     ctx.save_for_backward(x, weight, bias)
-    ctx.order, ctx.backend = order, backend
+    ctx.order, ctx.backend = _own(order, x.shape[1]), backend
 
 
 def _conv_vjp(ctx, dy):
@@ -163,55 +251,93 @@ register_operator(_lib, _ops.directional_conv_backward.default, _conv_backward, 
                   lambda dy, *shapes, **__: 2 * _conv_flops(*shapes))
 
 # %% ../nbs/lib/03_ssm.ipynb #88d864a4
-_DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+_lib.define('own_order(Tensor order, SymInt tokens) -> Tensor')
+register_operator(_lib, _ops.own_order.default, own_order, lambda order, tokens: order.new_empty(order.shape),
+                  lambda *_, **__: 0)
 
 
-def _expect_dtypes(device, tensors):
-    "Refuse tensors that are not floating point, or not on u's device."
-    for name, x in tensors:
-        if x is None: continue
-        if x.dtype not in _DTYPES:
-            real = 'only real parameters are supported: ' if x.is_complex() else ''
-            raise ValueError(f"{name}: got dtype {x.dtype}; allowed: {real}{', '.join(map(str, _DTYPES))}")
-        if x.device != device: raise ValueError(f'{name}: got device {x.device}; allowed: {device}, as the first argument')
+def _check_values(order, tokens):
+    "Refuse an order that does not visit each token once, in a transform of `torch.func`, where NumPy sees no numbers."
+    whole = torch.arange(tokens - order.shape[1], tokens, device=order.device).clamp(min=-1).expand_as(order)
+    if order.shape[1] < tokens or not torch.equal(order.sort(1).values, whole):
+        raise ValueError(f'order: got {order.shape[1]} steps for {tokens} tokens; allowed: in each row every raster '
+                         f'index 0..{tokens - 1} exactly once and -1 elsewhere')
 
 
-def _expect_order(order, K, L='L'):
-    if order.dtype != torch.int64: raise ValueError(f'order: got dtype {order.dtype}; allowed: torch.int64')
-    if order.dim() != 2 or order.shape[0] != K or L not in ('L', order.shape[1]): expect('order', order, K, L)
-
-
-def _expect_scan(inputs, tokens):
-    "Refuse inputs of a scan that do not fit together; T."
-    u, delta, A, B, C, D, z, delta_bias = inputs.tensors
-    _expect_dtypes(u.device, zip(inputs._fields, inputs.tensors))
-    if delta.dim() != 4: expect('delta', delta, 'Bt', 'K', 'L' if inputs.along_order else 'T', 'D')
-    if A.dim() != 3: expect('A', A, 'K', 'D', 'N')
-    (Bt, K, S, dim), N = delta.shape, A.shape[2]
-    if inputs.order is not None: _expect_order(inputs.order, K, S if inputs.along_order else 'L')
-    if tokens is None: tokens = S if z is None or not inputs.along_order else z.shape[-2]
-    expect_one('u', u, (Bt, K, S, dim), *(() if inputs.along_order else ((Bt, S, dim),)))
-    expect_one('A', A, (K, dim, N))
-    for name, x in (('B', B), ('C', C)): expect_one(name, x, (Bt, K, S, N), (K, dim, N))
-    for name, x in (('D', D), ('delta_bias', delta_bias)):
-        if x is not None: expect_one(name, x, (K, dim))
-    if z is not None: expect_one('z', z, (Bt, tokens, dim), (Bt, K, tokens, dim))
-    return tokens
+def _for_graph(order, tokens):
+    "The order as the compiler's graph keeps it: a copy that the caller cannot reach."
+    kept = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled()
+    return _ops.own_order.default(order, tokens) if kept and order is not None else order
 
 
 def _scan(inputs, tokens, backend):
     "Check the inputs and call the operator: y and the last state."
-    tokens = _expect_scan(inputs, tokens)
+    reference, given = transformed(*inputs.tensors), [x for x in (*inputs.tensors, inputs.order) if x is not None]
+    if reference or torch.compiler.is_compiling() or not all(isinstance(x, Tensor) and x.dim() > 1 for x in given):
+        tokens = _expect_scan(inputs, tokens)
+    if tokens is None: tokens = (inputs.delta if inputs.z is None or not inputs.along_order else inputs.z).shape[-2]
+    if reference:
+        order = inputs.order
+        if order is None: order = torch.arange(tokens, device=inputs.u.device).expand(inputs.delta.shape[1], -1)
+        else: _check_values(order, tokens)
+        return apply_along(scan_core, inputs._replace(order=order), tokens)
+    inputs = inputs._replace(order=_for_graph(inputs.order, tokens))
     return _ops.directional_scan.default(*inputs, tokens, *choice(backend, inputs.u))[:2]
 
+
+def _images_as_directions(inputs):
+    "A batch with one order an image: one image with as many directions as there are images and directions."
+    Bt, K = inputs.order.shape[:2]
+    steps = lambda x: x.flatten(0, 1).unsqueeze(0)
+    shared = lambda x: steps(x if x.dim() == 4 else x.unsqueeze(1).expand(-1, K, -1, -1))
+    weights = lambda x: None if x is None else x.expand(Bt, *x.shape).flatten(0, 1)
+    form = lambda x: steps(x) if x.dim() == 4 else weights(x)
+    return inputs._replace(
+        u=shared(inputs.u), delta=steps(inputs.delta), A=weights(inputs.A), B=form(inputs.B), C=form(inputs.C),
+        D=weights(inputs.D), z=None if inputs.z is None else shared(inputs.z), delta_bias=weights(inputs.delta_bias),
+        order=inputs.order.flatten(0, 1))
+
 # %% ../nbs/lib/03_ssm.ipynb #67a57490
+def _impulse(inputs, state):
+    "The inputs of the scan that answers what an initial state adds."
+    (Bt, K, S, D), order = inputs.delta.shape, inputs.order
+    if order is None: order = torch.arange(S, device=state.device).expand(K, -1)
+    read = lambda x: x if inputs.along_order or x.dim() == 3 else along(x, order)
+    wide = torch.promote_types(inputs.delta.dtype, torch.float32)
+    delta, C = read(inputs.delta).to(wide), read(inputs.C)
+    first = delta.new_ones(K, D) if inputs.delta_bias is None else 1 - inputs.delta_bias.to(wide)
+    delta = torch.cat([first.expand(Bt, K, D).unsqueeze(2), delta], 2)
+    if C.dim() == 4: C = F.pad(C, (0, 0, 1, 0))
+    u = torch.zeros_like(delta)
+    u[:, :, 0] = 1 / F.softplus(delta.new_ones(())) if inputs.delta_softplus else 1
+    alone = ScanInputs(u, delta, inputs.A, u.new_empty(Bt, K, 0, 0), C, None, inputs.z, inputs.delta_bias,
+                       F.pad(order, (1, 0), value=-1).expand(Bt, -1, -1), inputs.delta_softplus, True)
+    return _images_as_directions(alone)._replace(B=state.to(wide).flatten(0, 1))
+
+
+def _run(inputs, tokens, backend, state):
+    "A scan with all that the public functions offer: y and the last state."
+    if (order := inputs.order) is not None and isinstance(order, Tensor) and order.dim() == 3:
+        if len(order) != len(inputs.delta): expect('order', order, len(inputs.delta), *order.shape[1:])
+        (Bt, K, _), one = order.shape, None if state is None else state.flatten(0, 1).unsqueeze(0)
+        y, last_state = _run(_images_as_directions(inputs), tokens, backend, one)
+        return y.unflatten(1, (Bt, K)).squeeze(0), last_state.unflatten(1, (Bt, K)).squeeze(0)
+    if state is None: return _scan(inputs, tokens, backend)
+    tokens = _expect_scan(inputs, tokens)
+    (Bt, K, _, D), N = inputs.delta.shape, inputs.A.shape[2]
+    expect('initial_state', state, Bt, K, D, N)
+    y, last_state = _scan(inputs, tokens, backend)
+    added, state_left = _scan(_impulse(inputs, state), tokens, backend)
+    return (y + added.view(y.shape)).to(y.dtype), last_state + state_left.view(last_state.shape)
+
+# %% ../nbs/lib/03_ssm.ipynb #fe2e13e7
 def directional_scan(
     u: Tensor,                  # (Bt, T, D) shared, or (Bt, K, T, D); (Bt, K, L, D) if `along_order`
     delta: Tensor,              # (Bt, K, T, D); (Bt, K, L, D) if `along_order`; before bias and softplus
     A: Tensor,                  # (K, D, N) negative
     B: Tensor,                  # (Bt, K, T or L, N), or (K, D, N) constant in time
     C: Tensor,                  # (Bt, K, T or L, N), or (K, D, N) constant in time
-    order: Tensor,              # (K, L) raster index visited at each step, −1 = padding step
+    order: Tensor,              # (K, L), or (Bt, K, L) one an image: raster index visited at each step, −1 = padding
     D: Tensor | None = None,    # (K, D) skip
     z: Tensor | None = None,    # (Bt, T, D) shared, or (Bt, K, T, D): gate, always in raster order
     delta_bias: Tensor | None = None,  # (K, D)
@@ -220,10 +346,12 @@ def directional_scan(
     backend: str | None = None,  # a name of `backends()`; None = LOCALMAMBA_BACKEND or the fastest
     return_last_state: bool = False,
     tokens: int | None = None,  # T, needed only with `along_order`, padding steps and no z
+    *,
+    initial_state: Tensor | None = None,  # (Bt, K, D, N) state before the first step; None = zeros
 ) -> Tensor:  # (Bt, K, T, D) in raster order, u's dtype; with the last state (Bt, K, D, N) if asked
     "Selective scan along each order, written back to raster order; differentiable, bit-equal from run to run."
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, along_order)
-    y, last_state = _scan(inputs, tokens, backend)
+    y, last_state = _run(inputs, tokens, backend, initial_state)
     return (y, last_state) if return_last_state else y
 
 
@@ -231,19 +359,23 @@ def directional_conv(
     x: Tensor,            # (Bt, T, D) in raster order, any strides
     weight: Tensor,       # (K, D, W) taps, the last one on the current step; W <= 8
     bias: Tensor | None,  # (K, D)
-    order: Tensor,        # (K, L) raster index visited at each step, −1 = padding step
+    order: Tensor,        # (K, L), or (Bt, K, L) one an image: raster index visited at each step, −1 = padding step
     backend: str | None = None,  # a name of `backends()`; None = LOCALMAMBA_BACKEND or the fastest
 ) -> Tensor:              # (Bt, K, L, D) along the order, x's dtype
     "Causal depthwise convolution along each order, then SiLU."
-    _expect_dtypes(x.device, (('x', x), ('weight', weight), ('bias', bias)))
-    expect('x', x, 'Bt', 'T', 'D')
-    expect('weight', weight, 'K', x.shape[2], 'W')
-    if not 1 <= weight.shape[2] <= 8: raise ValueError(f'weight: got {weight.shape[2]} taps; allowed: 1 to 8')
-    if bias is not None: expect('bias', bias, *weight.shape[:2])
-    _expect_order(order, weight.shape[0])
-    return _ops.directional_conv.default(x, weight, bias, order, choice(backend, x).backend)
+    if isinstance(order, Tensor) and order.dim() == 3:
+        if len(order) != len(x): expect('order', order, len(x), *order.shape[1:])
+        return torch.cat([directional_conv(image[None], weight, bias, one, backend) for image, one in zip(x, order)])
+    reference = transformed(x, weight, bias)
+    plain = all(isinstance(t, Tensor) for t in (x, weight, order)) and x.dim() == 3
+    if reference or torch.compiler.is_compiling() or not plain:
+        _expect_conv(x, weight, bias, order)
+    if reference:
+        _check_values(order, x.shape[1])
+        return directional_conv_ref(x, weight, bias, order)
+    return _ops.directional_conv.default(x, weight, bias, _for_graph(order, x.shape[1]), choice(backend, x).backend)
 
-# %% ../nbs/lib/03_ssm.ipynb #fe2e13e7
+# %% ../nbs/lib/03_ssm.ipynb #be258704
 def selective_scan_fn(
     u: Tensor,      # (B, D, L)
     delta: Tensor,  # (B, D, L)
@@ -256,8 +388,13 @@ def selective_scan_fn(
     delta_softplus: bool = False,
     return_last_state: bool = False,
     backend: str | None = None,  # a name of `backends()`; None = LOCALMAMBA_BACKEND or the fastest
+    *,
+    initial_state: Tensor | None = None,  # (B, D, N) state before the first step; None = zeros
 ) -> Tensor:  # (B, D, L), u's dtype; with the last state (B, D, N) if asked
     "The function of this name in `mamba_ssm`, on any device."
     inputs = from_mamba(ScanInputs(u, delta, A, B, C, D, z, delta_bias, None, delta_softplus))
-    y, last_state = to_mamba(*_scan(inputs, None, backend))
+    if initial_state is not None:
+        expect('initial_state', initial_state, len(u), *A.shape)
+        initial_state = initial_state.unflatten(1, (inputs.u.shape[1], -1))
+    y, last_state = to_mamba(*_run(inputs, None, backend, initial_state))
     return (y, last_state) if return_last_state else y

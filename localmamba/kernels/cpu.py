@@ -8,7 +8,8 @@ __all__ = ['reason', 'saved_shape', 'scan_forward', 'scan_backward', 'conv_forwa
 
 # %% ../../nbs/lib/08a_cpu.ipynb #50713b0f
 from .vector import reason
-from .cpu_scan import saved_shape, scan_backward, scan_forward
+from .cpu_scan import saved_shape, scan_forward
+from .cpu_scan_back import scan_backward
 from .cpu_conv import conv_backward, conv_forward
 from .cpu_gate import gate_branch_backward, gate_factor_backward, gate_pool, gate_sum
 
