@@ -508,7 +508,8 @@ def test_cuda_backend_on_cpu_tensors(monkeypatch):
 
 def test_missing_numba_is_said(monkeypatch):
     load = room.load_kernels
-    monkeypatch.setattr(room, 'load_kernels', lambda name: (None, 'cannot import numba') if name == 'numba' else load(name))
+    missing = lambda name: (None, 'cannot import numba') if name == 'numba' else load(name)
+    monkeypatch.setattr(room, 'load_kernels', missing)
     room.resolve.cache_clear()
     try:
         with pytest.warns(UserWarning, match='plain PyTorch reference.*cannot import numba'):
