@@ -146,13 +146,15 @@ class MemoryLoader:
         stats: tuple = None, # mean and standard deviation a channel, of pixels from 0 to 1; None: of these images
         seed: int = 0, # decides order and augmentation
         device = 'cpu', # where the images are kept and the batches made
+        *,
         side: int = None, # of the square that is cut from the middle of each image, after augmentation; None: the whole
     ):
         self.dataset, self.bs, self.shuffle, self.drop_last = dataset, bs, shuffle, drop_last
         self.augment, self.parts, self.seed, self.epoch = augment, parse_augment(augment), seed, 0
         self.rank, self.world, self.side = 0, 1, side
         if side is not None and not (isinstance(side, int) and 1 <= side <= min(dataset.images.shape[1:3])):
-            raise ValueError(f'side: got {side!r}; allowed: 1 to {min(dataset.images.shape[1:3])}, the side of the images')
+            most = min(dataset.images.shape[1:3])
+            raise ValueError(f'side: got {side!r}; allowed: 1 to {most}, the side of the images')
         self.stats = channel_stats(dataset) if stats is None else stats
         self.data = torch.from_numpy(dataset.images).permute(0, 3, 1, 2).contiguous()
         self.target = torch.from_numpy(dataset.labels)
@@ -262,6 +264,7 @@ def loaders(
     device=None, # where the images are kept; None: what fastai would use
     stats: tuple = None, # mean and standard deviation a channel; None: those of the training images
     path='.', # where fastai may save things
+    *,
     side: int = None, # of the square cut from the middle of each image, after augmentation; None: the whole
 ) -> DataLoaders: # fastai's, with two `MemoryLoader`s
     "Loaders for training and validation"

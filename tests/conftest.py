@@ -12,7 +12,7 @@ def pytest_collection_modifyitems(items): LEFT.update(item.nodeid.split('::')[0]
 
 
 class Report:
-    "Counts, in the process that prints; with pytest-xdist that process collects nothing, so the workers' list is taken."
+    "Counts, in the process that prints; with pytest-xdist it collects nothing itself, so the workers' list is taken."
     def pytest_xdist_node_collection_finished(self, node, ids):
         if not LEFT: LEFT.update(name.split('::')[0] for name in ids)
 
@@ -25,4 +25,5 @@ class Report:
 
 
 def pytest_configure(config):
-    if os.environ.get('LOCALMAMBA_SUITE') and not hasattr(config, 'workerinput'): config.pluginmanager.register(Report())
+    worker = hasattr(config, 'workerinput')
+    if os.environ.get('LOCALMAMBA_SUITE') and not worker: config.pluginmanager.register(Report())

@@ -1,4 +1,5 @@
-"""Write a table of contents into each long notebook, behind its title, and the library's into the tour. python tests/contents.py"""
+"""Write a table of contents into each long notebook, behind its title, and the library's into the tour:
+python tests/contents.py"""
 import json
 import re
 import uuid
@@ -10,7 +11,8 @@ LONG = 7  # sections
 
 def sections(cells):
     "Headings of the second level, as they stand in the text."
-    return [h for c in cells if c['cell_type'] == 'markdown' for h in re.findall(r'^## (.+)$', ''.join(c['source']), re.M)]
+    texts = [''.join(c['source']) for c in cells if c['cell_type'] == 'markdown']
+    return [h for text in texts for h in re.findall(r'^## (.+)$', text, re.M)]
 
 
 def contents(headings):
@@ -18,8 +20,8 @@ def contents(headings):
     return 'On this page: ' + ' · '.join(f'[{h}](#{h.replace(" ", "-")})' for h in headings)
 
 
-PARTS = {'the scan': (0, 3), 'kernels': (4, 9), 'gate, layer, models': (10, 16), 'measuring, searching': (17, 20), 'data': (21, 27),
-         'training': (28, 34), 'tasks': (35, 38), 'showing, sharing': (39, 99)}
+PARTS = {'the scan': (0, 3), 'kernels': (4, 9), 'gate, layer, models': (10, 16), 'measuring, searching': (17, 20),
+         'data': (21, 27), 'training': (28, 34), 'tasks': (35, 38), 'showing, sharing': (39, 99)}
 
 
 def library():

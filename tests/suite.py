@@ -31,7 +31,8 @@ class Progress:
         passed = time.time() - self.start
         pace = passed / self.done if self.done else 1 / self.workers
         left = pace * (sum(self.expected.values()) - self.done)
-        print(f'{len(self.took):3d}/{len(self.expected)}  {part}  {seconds:.0f} s · about {left // 60:.0f}:{left % 60:02.0f} left', flush=True)
+        rest = f'about {left // 60:.0f}:{left % 60:02.0f} left'
+        print(f'{len(self.took):3d}/{len(self.expected)}  {part}  {seconds:.0f} s · {rest}', flush=True)
 
 
 def notebooks(progress):
@@ -61,12 +62,15 @@ def tests(progress):
 def check():
     "The short check: is the package in step, is ruff content, do the fast tests pass?"
     before = {path: path.read_bytes() for path in (ROOT/'localmamba').rglob('*.py')}
-    steps = ('the package is what the notebooks export', [BIN/'nbdev_export']), ('ruff', [BIN/'ruff', 'check', '-q', '.']), \
-        ('fast tests', [sys.executable, '-m', 'pytest', '-n', '2', *(f for f in FAST if (ROOT/f).exists())])
+    fast = [f for f in FAST if (ROOT/f).exists()]
+    steps = (('the package is what the notebooks export', [BIN/'nbdev_export']),
+             ('ruff', [BIN/'ruff', 'check', '-q', '.']),
+             ('fast tests', [sys.executable, '-m', 'pytest', '-n', '2', *fast]))
     for name, command in steps:
         print(f'{name} …', flush=True)
         if subprocess.run(command, cwd=ROOT).returncode: return False
-        changed = [str(p.relative_to(ROOT)) for p in (ROOT/'localmamba').rglob('*.py') if before.get(p) != p.read_bytes()]
+        modules = (ROOT/'localmamba').rglob('*.py')
+        changed = [str(path.relative_to(ROOT)) for path in modules if before.get(path) != path.read_bytes()]
         if changed:
             print(f'package: got {", ".join(changed)} out of step; it is exported now: commit it with its notebook')
             return False
@@ -75,12 +79,14 @@ def check():
 
 def main():
     if '--check' in sys.argv: return check()
-    books = [str(p.relative_to(ROOT)) for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
+    books = [str(p.relative_to(ROOT)) for p in sorted((ROOT/'nbs').rglob('*.ipynb'))
+             if '.ipynb_checkpoints' not in p.parts]
     files = [str(p.relative_to(ROOT)) for p in sorted((ROOT/'tests').glob('test_*.py'))]
     progress = Progress(books + files)
     good = notebooks(progress)
     good = tests(progress) and good
-    if '--remember' in sys.argv and good: SECONDS.write_text(json.dumps(dict(sorted(progress.took.items())), indent=1) + '\n')
+    if '--remember' in sys.argv and good:
+        SECONDS.write_text(json.dumps(dict(sorted(progress.took.items())), indent=1) + '\n')
     print(f'{"Everything passed" if good else "Something failed, see above"}; {time.time() - progress.start:.0f} s')
     return good
 

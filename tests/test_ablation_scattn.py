@@ -32,7 +32,8 @@ def test_which_gate_and_where(project, monkeypatch):
     runs = list((project/'ablation_scattn/digits/runs').iterdir())
     assert len(runs) == 16 and (project/'ablation_scattn/digits/table.png').stat().st_size > 5000
     vmamba = table[table.model == 'local_vmamba_nano'].set_index('row')
-    assert vmamba.params_m['both'] == vmamba.params_m['both, merged'] > vmamba.params_m['channel'] > vmamba.params_m['none']
+    params = vmamba.params_m
+    assert params['both'] == params['both, merged'] > params['channel'] > params['none']
     assert vmamba.flops_m_nine['both'] > vmamba.flops_m_nine['both, merged'] > vmamba.flops_m_nine['none']
     assert 'both − none' in text and 'corrected p' in text
     lines = space['differences'](space['frame'])
@@ -51,13 +52,15 @@ def test_receptive_fields(project, monkeypatch):
         fields = np.load(run/'fields.npz')
         assert set(fields) == {'before', 'after'}
         for field in fields.values(): assert field.shape == (32, 32) and np.isclose(field.sum(), 1, atol=1e-4)
-    vim = [np.load(run/'fields.npz') for run in (project/'receptive_fields/digits/runs').iterdir() if run.name.startswith('DeiT')][0]
+    vim = np.load(next((project/'receptive_fields/digits/runs').glob('DeiT*/fields.npz')))
     assert (vim['before'] > 0).all(), 'attention sees every pixel'
 
 
-@pytest.mark.parametrize('model, name, scattn', [('local_vim_tiny', 'LocalVim-T', 'both'), ('vmamba_tiny', 'VMamba-T', 'none')])
+@pytest.mark.parametrize('model, name, scattn', [('local_vim_tiny', 'LocalVim-T', 'both'),
+                                                 ('vmamba_tiny', 'VMamba-T', 'none')])
 def test_the_recorded_counts_are_ours(model, name, scattn):
     counts = pd.read_csv(ROOT/'results/ablation_scattn/imagenet/counts.csv').set_index(['model', 'row'])
     with torch.device('meta'): net = timm.create_model(model, scattn=scattn)
     recorded = counts.loc[(name, scattn)]
-    assert recorded.params_m == count_parameters(net) / 1e6 and recorded.flops_g_nine == count_flops(net, 224, 'nine') / 1e9
+    assert recorded.params_m == count_parameters(net) / 1e6
+    assert recorded.flops_g_nine == count_flops(net, 224, 'nine') / 1e9

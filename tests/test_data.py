@@ -1,4 +1,4 @@
-"What the data notebook cannot show: a killed writer, damaged caches, archives, downloads, read-only folders, a Learner."
+"What the data notebooks cannot show: a killed writer, damaged caches, archives, downloads, read-only folders, fastai."
 import hashlib, os, signal, subprocess, sys, tarfile, warnings
 from urllib.error import URLError
 import numpy as np
@@ -51,8 +51,10 @@ def test_nothing_is_shared(seed):
 
 def test_same_seed_same_bytes_in_another_process(scenes):
     code = ('import hashlib; from localmamba.data import digit_scenes; '
-            'print(hashlib.sha256(b"".join(s.images.tobytes() for s in digit_scenes(n_train=400, n_valid=100))).hexdigest())')
-    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout
+            'sets = digit_scenes(n_train=400, n_valid=100); '
+            'print(hashlib.sha256(b"".join(s.images.tobytes() for s in sets)).hexdigest())')
+    command = [sys.executable, '-W', 'ignore', '-c', code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert out.strip() == hashlib.sha256(b''.join(s.images.tobytes() for s in scenes)).hexdigest()
 
 @pytest.mark.parametrize('size', [12, 28, 64, 224])

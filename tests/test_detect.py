@@ -351,7 +351,7 @@ def test_missing_and_damaged_files(changed, root, tmp_path):
 @pytest.mark.parametrize('change, words',
                          [(lambda a: a.update(image_id=99), 'image_id: got 99'),
                           (lambda a: a.update(category_id=99), 'category_id: got 99'),
-                                           (lambda a: a.update(bbox=[1, 2, float('nan'), 3]), 'annotation 1: bbox: got'),
+                                           (lambda a: a.update(bbox=[1, 2, np.nan, 3]), 'annotation 1: bbox: got'),
                                            (lambda a: a.update(id=2), 'has the id 2 more than once'),
                                            (lambda a: a.pop('bbox'), 'annotation 1: bbox: got nothing')])
 def test_annotations_that_make_no_sense(changed, change, words):

@@ -11,11 +11,13 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT/'README.md', ROOT/'CONTRIBUTING.md', *sorted((ROOT/'docs').glob('*.md')), ROOT/'data/README.md', ROOT/'results/README.md']
+PAGES = [ROOT/'README.md', ROOT/'CONTRIBUTING.md', *sorted((ROOT/'docs').glob('*.md')), ROOT/'data/README.md',
+         ROOT/'results/README.md']
 FENCED = re.compile(r'^```(\w*)\n(.*?)^```', re.M | re.S)
 
 
-def blocks(page, *languages): return [code for language, code in FENCED.findall(page.read_text()) if language in languages]
+def blocks(page, *languages):
+    return [code for language, code in FENCED.findall(page.read_text()) if language in languages]
 
 
 def commands():
@@ -31,8 +33,10 @@ def lines():
         for block in blocks(page, '', 'sh', 'bash'):
             for line in re.sub(r'\\\n\s*', ' ', block).splitlines():
                 line = line.split('  #')[0].strip()
-                if line and not line.startswith('#') and '=$(' not in line: yield pytest.param(line, id=f'{page.name}: {line[:70]}')
-        for line in re.findall(r'`((?:make|papermill|python -m) [^`<>…]+)`', page.read_text()): yield pytest.param(line, id=f'{page.name}: {line[:70]}')
+                if line and not line.startswith('#') and '=$(' not in line:
+                    yield pytest.param(line, id=f'{page.name}: {line[:70]}')
+        for line in re.findall(r'`((?:make|papermill|python -m) [^`<>…]+)`', page.read_text()):
+            yield pytest.param(line, id=f'{page.name}: {line[:70]}')
 
 
 def parameters(notebook):
@@ -84,7 +88,10 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     for code in blocks(page, 'python'): exec(compile(code, page.name, 'exec'), names)
 
 
-@pytest.mark.parametrize('page', PAGES + [p for p in (ROOT/'docs').rglob('*.md') if p not in PAGES], ids=lambda p: p.name)
+DEEPER = [p for p in (ROOT/'docs').rglob('*.md') if p not in PAGES]
+
+
+@pytest.mark.parametrize('page', PAGES + DEEPER, ids=lambda p: p.name)
 def test_links_resolve(page):
     for target in re.findall(r'\]\(([^)#\s]+)', FENCED.sub('', page.read_text())):
         if '://' not in target: assert (page.parent/target).exists(), target

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TINY = ['-p', 'n_train', '256', '-p', 'n_valid', '64', '-p', 'epochs', '2', '-p', 'depth', '1', '-p', 'embed_dim', '16', '-y', 'seeds: [0, 1]',
-        '-y', 'rows: [horizontal, horizontal + local + SCAttn]', '-p', 'threads', '1']
+TINY = ['-p', 'n_train', '256', '-p', 'n_valid', '64', '-p', 'epochs', '2', '-p', 'depth', '1', '-p', 'embed_dim', '16',
+        '-y', 'seeds: [0, 1]', '-y', 'rows: [horizontal, horizontal + local + SCAttn]', '-p', 'threads', '1']
 
 
 def project(folder):
@@ -25,8 +25,10 @@ def project(folder):
 
 
 def papermill(folder, *args, **options):
-    command = [sys.executable, '-m', 'papermill', ROOT/'nbs/ablation_scan.ipynb', folder/'out.ipynb', '--cwd', folder, '--no-progress-bar', *args]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **options)
+    command = [sys.executable, '-m', 'papermill', ROOT/'nbs/ablation_scan.ipynb', folder/'out.ipynb',
+               '--cwd', folder, '--no-progress-bar', *args]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, **options)
 
 
 def table(folder): return pd.read_csv(folder/'results/ablation_scan/digits/table.csv')
@@ -49,7 +51,8 @@ def test_table_figure_and_records(uninterrupted):
     assert (results/'table.png').stat().st_size > 5000
     runs = sorted((results/'runs').iterdir())
     assert len(runs) == 4
-    for run in runs: assert {f.name for f in run.iterdir()} == {'params.json', 'env.json', 'history.csv', 'metrics.json'}
+    files = {'params.json', 'env.json', 'history.csv', 'metrics.json'}
+    for run in runs: assert {f.name for f in run.iterdir()} == files
     assert str(uninterrupted) not in (runs[0]/'env.json').read_text() + (runs[0]/'params.json').read_text()
 
 
@@ -76,8 +79,9 @@ def test_finished_runs_are_not_run_again(uninterrupted):
     assert before == {f: f.stat().st_mtime_ns for f in before}
 
 
-@pytest.mark.parametrize('given, words', [(dict(rows=['diagonal']), r"rows: got \['diagonal'\]; allowed: \['horizontal'"),
-                                          (dict(dataset='cifar'), "name: got 'cifar'; allowed: digits, cifar10, folder")])
+@pytest.mark.parametrize('given, words', [
+    (dict(rows=['diagonal']), r"rows: got \['diagonal'\]; allowed: \['horizontal'"),
+    (dict(dataset='cifar'), "name: got 'cifar'; allowed: digits, cifar10, folder")])
 def test_a_wrong_word_is_refused(tmp_path, monkeypatch, given, words):
     from test_results import execute
     monkeypatch.chdir(project(tmp_path/'wrong'))
@@ -85,7 +89,10 @@ def test_a_wrong_word_is_refused(tmp_path, monkeypatch, given, words):
     assert not list(Path('results').rglob('metrics.json'))
 
 
-@pytest.mark.parametrize('path', sorted(p for p in (ROOT/'nbs').glob('[a-z]*.ipynb') if p.stem not in ('index', 'results')), ids=lambda p: p.stem)
+EXPERIMENTS = sorted(p for p in (ROOT/'nbs').glob('[a-z]*.ipynb') if p.stem not in ('index', 'results'))
+
+
+@pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
 def test_an_experiment_has_one_parameters_cell_and_its_outputs(path):
     notebook = json.loads(path.read_text())
     tagged = [c for c in notebook['cells'] if 'parameters' in c['metadata'].get('tags', [])]

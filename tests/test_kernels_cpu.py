@@ -15,7 +15,8 @@ def case(seed=0, Bt=4, K=2, T=64, D=144, N=16):
     g = torch.Generator().manual_seed(seed)
     def r(*shape): return torch.randn(*shape, generator=g)
     order = torch.stack([torch.randperm(T, generator=g) for _ in range(K)])
-    return [r(Bt, T, D), r(Bt, K, T, D), -r(K, D, N).abs() - .1, r(Bt, K, T, N), r(Bt, K, T, N), r(K, D), r(Bt, T, D), r(K, D), order, True, False]
+    return [r(Bt, T, D), r(Bt, K, T, D), -r(K, D, N).abs() - .1, r(Bt, K, T, N), r(Bt, K, T, N), r(K, D), r(Bt, T, D),
+            r(K, D), order, True, False]
 
 def gradients(seed=0):
     args = case(seed)
@@ -26,8 +27,8 @@ def equal(xs, ys): return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=T
 
 def run(code, **env):
     "Run a snippet in a new process; returns its output."
-    done = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': str(ROOT), **env}, capture_output=True,
-                          text=True, timeout=180, cwd=Path(sys.executable).parent)
+    done = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': str(ROOT), **env},
+                          capture_output=True, text=True, timeout=180, cwd=Path(sys.executable).parent)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -71,7 +72,8 @@ class Scans(torch.utils.data.Dataset):
 
 def test_dataloader_worker():
     want = [cpu.scan_forward(*case(i))[0] for i in range(4)]
-    loader = torch.utils.data.DataLoader(Scans(), batch_size=None, num_workers=1, multiprocessing_context='fork', timeout=60)
+    loader = torch.utils.data.DataLoader(Scans(), batch_size=None, num_workers=1, multiprocessing_context='fork',
+                                         timeout=60)
     assert equal(want, list(loader))
 
 TIMED = '''
@@ -88,7 +90,8 @@ def test_read_only_install_compiles_once(tmp_path):
     shutil.copytree(ROOT / 'localmamba', site / 'localmamba', ignore=shutil.ignore_patterns('__pycache__'))
     (site / 'localmamba' / 'kernels' / '__pycache__').touch()   # a file: no folder can be made here, not even by root
     env = dict(PYTHONPATH=str(site), HOME=str(home), XDG_CACHE_HOME=str(home / 'cache'), PYTHONDONTWRITEBYTECODE='1')
-    (_, where, misses), second = (run(TIMED.format(tests=str(ROOT / 'tests')), **env).splitlines()[-3:] for _ in range(2))
+    code = TIMED.format(tests=str(ROOT / 'tests'))
+    (_, where, misses), second = (run(code, **env).splitlines()[-3:] for _ in range(2))
     assert where.startswith(str(site)) and int(misses) > 0 and list(home.rglob('*.nbc'))
     assert int(second[2]) == 0 and float(second[0]) < 5
 
@@ -100,8 +103,9 @@ def status(field):
 t.gradients()
 torch.manual_seed(0)
 B, D, L, N = 32, 384, 196, 16
-u, delta, z, dy, y, du, ddelta, dz = (torch.randn(B, 1, L, D) for _ in range(8))   # the outputs' size, freed just before
-args = [u, delta, -torch.rand(1, D, N), torch.randn(B, 1, L, N), torch.randn(B, 1, L, N), None, z, None, torch.arange(L)[None], True, True]
+u, delta, z, dy, y, du, ddelta, dz = (torch.randn(B, 1, L, D) for _ in range(8))   # the last four: freed just before
+args = [u, delta, -torch.rand(1, D, N), torch.randn(B, 1, L, N), torch.randn(B, 1, L, N), None, z, None,
+        torch.arange(L)[None], True, True]
 size = u.numel() * 4
 del y, du, ddelta, dz
 before = status('VmRSS')

@@ -29,7 +29,8 @@ def imports(path):
             base = package[:len(package) - node.level + 1] if node.level else []
             name = '.'.join([*base, *(node.module or '').split('.')]).strip('.')
             if not name.startswith('localmamba'): continue
-            inner = [alias.name for alias in node.names if (PACKAGE.parent/f'{name}.{alias.name}'.replace('.', '/')).with_suffix('.py').exists()]
+            folder = PACKAGE.parent/name.replace('.', '/')
+            inner = [alias.name for alias in node.names if (folder/f'{alias.name}.py').exists()]
             for alias in inner: yield f'{name}.{alias}', ()
             if len(inner) < len(node.names): yield name, tuple(a.name for a in node.names if a.name not in inner)
         elif isinstance(node, ast.Import):
@@ -41,8 +42,10 @@ NUMBER = {module_of(path): number(path) for path in MODULES}
 
 @pytest.mark.parametrize('path', MODULES, ids=module_of)
 def test_imports_come_from_above(path):
+    module = module_of(path)
     for name, _ in imports(path):
-        if name in NUMBER: assert NUMBER[name] <= NUMBER[module_of(path)], f'{name} ({NUMBER[name]}) is read after {module_of(path)} ({NUMBER[module_of(path)]})'
+        if name not in NUMBER: continue
+        assert NUMBER[name] <= NUMBER[module], f'{name} ({NUMBER[name]}) is read after {module} ({NUMBER[module]})'
 
 
 def test_there_is_no_circle():
@@ -68,10 +71,12 @@ def test_no_private_name_of_another_room(path):
         assert not private, f'{module_of(path)} imports {private} of {name}'
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or '').startswith('localmamba')):
-            aliases |= {a.asname or a.name for a in node.names if module_like(node, a.name, path)} and {a.asname or a.name: a.name for a in node.names}
+            if any(module_like(node, a.name, path) for a in node.names):
+                aliases |= {a.asname or a.name: a.name for a in node.names}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
-            assert not node.attr.startswith('_') or node.attr.startswith('__'), f'{module_of(path)} uses {node.value.id}.{node.attr}'
+            private = node.attr.startswith('_') and not node.attr.startswith('__')
+            assert not private, f'{module_of(path)} uses {node.value.id}.{node.attr}'
 
 
 def module_like(node, name, path):
@@ -92,13 +97,16 @@ def test_no_long_rows_of_positions(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): continue
         positions = [a.arg for a in [*node.args.posonlyargs, *node.args.args] if a.arg not in ('self', 'cls', 'ctx')]
-        if len(positions) > ARGUMENTS and not allowed(node, path): pytest.fail(f'{module_of(path)}.{node.name}: {len(positions)} positional arguments')
+        if len(positions) > ARGUMENTS and not allowed(node, path):
+            pytest.fail(f'{module_of(path)}.{node.name}: {len(positions)} positional arguments')
 
 
-#: Signatures that are others': `mamba_ssm`'s function and the mirror of it, tensors of an operator, and Triton's kernels, which take no structure.
+#: Signatures that are others': `mamba_ssm`'s function and the mirror of it, tensors of an operator, and Triton's
+#: kernels, which take no structure.
 PUBLIC_BY_CONTRACT = {'selective_scan_fn', 'selective_scan_ref', 'directional_scan', 'directional_scan_ref'}
 
 
 def allowed(node, path):
     decorators = {ast.unparse(d).split('(')[0].split('.')[-1] for d in node.decorator_list}
-    return node.name in PUBLIC_BY_CONTRACT or 'jit' in decorators or bool(re.search(r'operator|the schema', ast.get_docstring(node) or ''))
+    operator = re.search(r'operator|the schema', ast.get_docstring(node) or '')
+    return node.name in PUBLIC_BY_CONTRACT or 'jit' in decorators or bool(operator)

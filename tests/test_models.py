@@ -349,7 +349,8 @@ def test_hooks_and_replaced_layers(name):
 
 
 @pytest.mark.parametrize('targets', ids=['layers', 'projections'], argvalues=[
-    pytest.param(dict(target_modules='all-linear'), marks=needs_plain), dict(target_parameters=['mixer.x_proj', 'mixer.dt_proj'])])
+    pytest.param(dict(target_modules='all-linear'), marks=needs_plain),
+    dict(target_parameters=['mixer.x_proj', 'mixer.dt_proj'])])
 def test_lora(name, targets):
     peft = pytest.importorskip('peft')
     net = peft.get_peft_model(timm.create_model(name), peft.LoraConfig(r=2, init_lora_weights=False, **targets))

@@ -1,4 +1,4 @@
-"What files hold is what their owner sees: orientation, depth, left-out files, label maps of one's own, broken COCO files."
+"What files hold is what their owner sees: orientation, depth, left-out files, own label maps, broken COCO files."
 import copy
 import json
 import os
@@ -84,8 +84,10 @@ def test_bits_and_inks(tmp_path):
     (lambda p: Image.fromarray(np.float32([[0, 300]])).save(p/'a.tif'), UnfitImage, 'from 0 to 300'),
     (lambda p: Image.fromarray(np.float32([[0, np.nan]])).save(p/'a.tif'), UnfitImage, 'not finite'),
     (lambda p: Image.fromarray(np.int32([[-1, 5]])).save(p/'a.tif'), UnfitImage, 'from -1 to 5'),
-    (lambda p: drawn('L').save(p/'a.gif', save_all=True, append_images=[Image.new('L', (8, 4))]), UnfitImage, 'got 2 pictures'),
-    (lambda p: (p/'a.jpg').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'), CorruptImage, 'no picture of a format'),
+    (lambda p: drawn('L').save(p/'a.gif', save_all=True, append_images=[Image.new('L', (8, 4))]),
+     UnfitImage, 'got 2 pictures'),
+    (lambda p: (p/'a.jpg').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'),
+     CorruptImage, 'no picture of a format'),
     (lambda p: (p/'a.png').write_bytes(b''), CorruptImage, 'the file is empty'),
     (lambda p: (p/'a.png').write_bytes(b'\x89PNG\r\n\x1a\n'), CorruptImage, 'corrupt image'),
     (lambda p: os.mkfifo(p/'a.png'), UnfitImage, 'a pipe or a device'),
@@ -98,7 +100,8 @@ def test_what_cannot_be_meant_is_refused_with_its_path(tmp_path, make, error, wo
 
 def test_every_damage_is_a_corrupt_image(tmp_path):
     rng = np.random.default_rng(1)
-    for suffix, options in (('.jpg', {}), ('.png', {}), ('.tif', {'compression': 'tiff_lzw'}), ('.webp', {}), ('.gif', {}), ('.bmp', {})):
+    for suffix in ('.jpg', '.png', '.tif', '.webp', '.gif', '.bmp'):
+        options = {'compression': 'tiff_lzw'} if suffix == '.tif' else {}
         whole = save(BLOCKS, tmp_path/f'a{suffix}', 1, **options).read_bytes()
         for _ in range(40):
             broken = bytearray(whole[:rng.integers(1, len(whole))] if rng.random() < 0.3 else whole)
@@ -121,7 +124,9 @@ def test_too_large_is_not_corrupt(tmp_path, monkeypatch):
 
 def test_readers_see_the_same_and_count_the_rest(tmp_path, capsys):
     root = folder(tmp_path)
-    save(BLOCKS, root/'train/a/x.tif', 6), save(BLOCKS, root/'train/a/y.WEBP', 6, lossless=True), save(BLOCKS, root/'train/b/z.gif', 1)
+    save(BLOCKS, root/'train/a/x.tif', 6)
+    save(BLOCKS, root/'train/a/y.WEBP', 6, lossless=True)
+    save(BLOCKS, root/'train/b/z.gif', 1)
     (root/'train/a/notes.txt').touch(), (root/'train/a/.hidden.png').touch(), (root/'train/c').mkdir()
     (root/'train/a/loop.png').symlink_to(root/'train/a/loop.png'), (root/'train/a/inner').symlink_to(root/'train/a')
     os.mkfifo(root/'train/b/pipe.png')
@@ -142,16 +147,20 @@ def test_readers_see_the_same_and_count_the_rest(tmp_path, capsys):
 def segmentation(root, maps, classes, image=BLOCKS):
     for split in ('training', 'validation'):
         for i, labels in enumerate(maps):
-            save(image, root/f'images/{split}/{i}.png'), save(np.asarray(labels, np.uint8), root/f'annotations/{split}/{i}.png')
-    if classes: (root/'classes.json').write_text(json.dumps(classes if isinstance(classes[0], dict) else [{'name': c} for c in classes]))
+            save(image, root/f'images/{split}/{i}.png')
+            save(np.asarray(labels, np.uint8), root/f'annotations/{split}/{i}.png')
+    if classes:
+        held = classes if isinstance(classes[0], dict) else [{'name': c} for c in classes]
+        (root/'classes.json').write_text(json.dumps(held))
     return root
 
 HALVES = np.repeat([[0, 1]], 40, 0).repeat(8, 1)
 
 @pytest.mark.parametrize('classes, maps, options, expected', [
     (['background', 'building'], [HALVES], {}, [0, 1]), (['background', 'building'], [HALVES * 255], {}, [0, 1]),
-    (['background', 'building'], [HALVES + 1], {}, [0, 1]), (['road', 'car'], [HALVES], {'label_zero': 'class'}, [0, 1]),
-    (['road', 'car'], [HALVES * 255], {}, [0, 1]), (['road', 'car'], [HALVES, HALVES + 1], {'label_zero': 'ignored'}, [255, 0]),
+    (['background', 'building'], [HALVES + 1], {}, [0, 1]),
+    (['road', 'car'], [HALVES], {'label_zero': 'class'}, [0, 1]), (['road', 'car'], [HALVES * 255], {}, [0, 1]),
+    (['road', 'car'], [HALVES, HALVES + 1], {'label_zero': 'ignored'}, [255, 0]),
     ([{'name': 'car', 'label': 1}, {'name': 'road', 'label': 0}], [HALVES], {}, [1, 0]),
     ([{'name': 'car', 'label': 7}, {'name': 'road', 'label': 3}], [HALVES * 4 + 3], {}, [1, 0]),
     (['background', 'building'], [np.where(np.arange(40)[:, None] < 9, 9, HALVES)], {'ignored': (9,)}, [255, 255])])
@@ -164,8 +173,10 @@ def test_labels_are_as_written(tmp_path, classes, maps, options, expected):
     (['building'], [HALVES], {}, 'name what is around it'), (['road', 'car'], [HALVES], {}, "label_zero='class'"),
     (['road', 'car'], [HALVES], {'label_zero': 'ignored'}, "label_zero='class'"), (None, [HALVES], {}, "only 'wall'"),
     (['background', 'building'], [HALVES * 2], {}, 'allowed'), (['a', 'b', 'c'], [HALVES * 8 + 1], {}, 'ignored=(9,)'),
-    (['a', 'b'], [HALVES + 1], {'label_zero': 'x'}, "label_zero: got 'x'"), (['a', 'b'], [HALVES + 1], {'ignored': ('x',)}, 'ignored: got'),
-    ([{'name': 'a'}, {'name': 'a'}], [HALVES + 1], {}, "name: got 'a'"), ([{'name': 'a'}, {'name': 3}], [HALVES + 1], {}, 'entry 2: name'),
+    (['a', 'b'], [HALVES + 1], {'label_zero': 'x'}, "label_zero: got 'x'"),
+    (['a', 'b'], [HALVES + 1], {'ignored': ('x',)}, 'ignored: got'),
+    ([{'name': 'a'}, {'name': 'a'}], [HALVES + 1], {}, "name: got 'a'"),
+    ([{'name': 'a'}, {'name': 3}], [HALVES + 1], {}, 'entry 2: name'),
     ([{'name': 'a', 'colour': [1, 2]}, {'name': 'b', 'colour': [1, 2, 3]}], [HALVES + 1], {}, 'entry 1: colour'),
     ([{'name': 'a', 'colour': [1, 2, 256]}, {'name': 'b'}], [HALVES + 1], {}, 'entry 1: colour'),
     ([{'name': 'a', 'label': 1}, {'name': 'b', 'label': 1}], [HALVES + 1], {}, 'label: got')])
@@ -177,7 +188,8 @@ def test_a_class_that_no_map_holds_is_warned_of(tmp_path):
     with pytest.warns(UserWarning, match='1 of 3 are in none of the 1 training label maps: b'):
         ade20k(segmentation(tmp_path, [HALVES * 2 + 1], ['a', 'b', 'c']))
 
-@pytest.mark.parametrize('text', ['', '{', '[]', '{"name": "a"}', '[1, 2]', '[{"name": ""}, {"name": "b"}]', '[' * 9999, 'null'])
+@pytest.mark.parametrize('text', ['', '{', '[]', '{"name": "a"}', '[1, 2]', '[{"name": ""}, {"name": "b"}]', '[' * 9999,
+                                  'null'])
 def test_broken_class_lists(tmp_path, text):
     (segmentation(tmp_path, [HALVES + 1], ['a', 'b'])/'classes.json').write_text(text)
     with pytest.raises(ValueError, match='classes.json'): ade20k(tmp_path)
@@ -199,7 +211,8 @@ def test_two_files_of_one_name(tmp_path, capsys):
     segmentation(tmp_path, [HALVES + 1], ['a', 'b'])
     save(BLOCKS, tmp_path/'images/training/0.jpg')
     data = ade20k(tmp_path)
-    assert len(data) == 1 and data.files[0][0].name == '0.jpg' and 'of a name that another has (0.png)' in capsys.readouterr().out
+    assert len(data) == 1 and data.files[0][0].name == '0.jpg'
+    assert 'of a name that another has (0.png)' in capsys.readouterr().out
 
 def test_bits_are_labels(tmp_path):
     Image.fromarray(HALVES.astype(bool)).save(tmp_path/'a.png')
@@ -208,7 +221,8 @@ def test_bits_are_labels(tmp_path):
 
 # --- COCO
 
-TRUTH = {'images': [{'id': 1, 'file_name': 'a.png', 'height': 40, 'width': 16}, {'id': 2, 'file_name': 'b.png', 'height': 40, 'width': 16}],
+TRUTH = {'images': [{'id': 1, 'file_name': 'a.png', 'height': 40, 'width': 16},
+                    {'id': 2, 'file_name': 'b.png', 'height': 40, 'width': 16}],
          'categories': [{'id': 1, 'name': 'thing'}, {'id': 3, 'name': 'other'}],
          'annotations': [{'id': 1, 'image_id': 1, 'category_id': 1, 'bbox': [2, 4, 9, 20], 'area': 180, 'iscrowd': 0,
                           'segmentation': [[2, 4, 11, 4, 11, 24, 2, 24]]},
@@ -221,11 +235,12 @@ def written(root, held):
     (root/'annotations/instances_val2017.json').write_text(held if isinstance(held, str) else json.dumps(held))
     return root
 
-ODD = [None, True, 'x', '', '1', [], [1], {}, {'a': 1}, float('nan'), float('inf'), -float('inf'), 1e300, 10**400, 0.5, -1]
+ODD = [None, True, 'x', '', '1', [], [1], {}, {'a': 1}, np.nan, np.inf, -np.inf, 1e300, 10**400, 0.5, -1]
 RIGHT = {  # values of `ODD` by their index that are all right for a field
     ('images', 'id'): (15,), ('images', 'file_name'): (2, 4), ('images', 'height'): (), ('images', 'width'): (),
-    ('categories', 'id'): (2, 4, 15), ('categories', 'name'): (2, 4), ('annotations', 'id'): (15,), ('annotations', 'image_id'): (),
-    ('annotations', 'category_id'): (), ('annotations', 'bbox'): (), ('annotations', 'area'): (14,), ('annotations', 'iscrowd'): (1,),
+    ('categories', 'id'): (2, 4, 15), ('categories', 'name'): (2, 4),
+    ('annotations', 'id'): (15,), ('annotations', 'image_id'): (), ('annotations', 'category_id'): (),
+    ('annotations', 'bbox'): (), ('annotations', 'area'): (14,), ('annotations', 'iscrowd'): (1,),
     ('annotations', 'segmentation'): ()}
 
 @pytest.mark.parametrize('part, key', RIGHT, ids=lambda x: x)
@@ -246,25 +261,31 @@ def test_every_field_of_every_kind(tmp_path, part, key):
         assert str(path) in str(e.value) and (key in str(e.value) or 'id' in key), (value, str(e.value))
 
 @pytest.mark.parametrize('value', [
-    [2, 4, -9, 20], [2, 4, 9, -1], [0, 0, 1e9, 1], [2, 4, 9], [2, 4, 9, 20, 1], ['2', 4, 9, 20], [2, 4, 9, float('nan')], [True, 4, 9, 20], [[2], 4, 9, 20]])
+    [2, 4, -9, 20], [2, 4, 9, -1], [0, 0, 1e9, 1], [2, 4, 9], [2, 4, 9, 20, 1], ['2', 4, 9, 20], [2, 4, 9, np.nan],
+    [True, 4, 9, 20], [[2], 4, 9, 20]])
 def test_boxes(tmp_path, value): refused(tmp_path, 'bbox', value)
 
 @pytest.mark.parametrize('value', [
-    [], [[]], [[1, 2]], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5]], [1, 2, 3, 4, 5, 6], [['1', 2, 3, 4, 5, 6]], [[1, 2, 3, 4, 5, 1e9]],
-    [[1, 2, 3, 4, 5, float('nan')]], [None], {'size': [40, 16]}, {'counts': [640]}, {'size': [16, 40], 'counts': [640]}, {'size': 640, 'counts': [640]},
+    [], [[]], [[1, 2]], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5]], [1, 2, 3, 4, 5, 6], [['1', 2, 3, 4, 5, 6]],
+    [[1, 2, 3, 4, 5, 1e9]], [[1, 2, 3, 4, 5, np.nan]], [None],
+    {'size': [40, 16]}, {'counts': [640]}, {'size': [16, 40], 'counts': [640]}, {'size': 640, 'counts': [640]},
     {'size': [40, 16], 'counts': [639]}, {'size': [40, 16], 'counts': [641]}, {'size': [40, 16], 'counts': [-1, 641]},
-    {'size': [40, 16], 'counts': 'abc'}, {'size': [40, 16], 'counts': '\x7f'}, {'size': [40, 16], 'counts': 'P'}, {'size': [40, 16], 'counts': None}])
+    {'size': [40, 16], 'counts': 'abc'}, {'size': [40, 16], 'counts': '\x7f'}, {'size': [40, 16], 'counts': 'P'},
+    {'size': [40, 16], 'counts': None}])
 def test_masks(tmp_path, value): refused(tmp_path, 'segmentation', value)
 
 def refused(tmp_path, key, value):
     held = copy.deepcopy(TRUTH)
     held['annotations'][1][key] = value
-    with pytest.raises(ValueError, match=f'annotation 2: {key}: got .*allowed: '): coco_instances(written(tmp_path, held), 'validation')
+    with pytest.raises(ValueError, match=f'annotation 2: {key}: got .*allowed: '):
+        coco_instances(written(tmp_path, held), 'validation')
 
-@pytest.mark.parametrize('text', ['', '[]', 'null', '{', '3', '{"images": {}}', '{"images": [], "categories": [], "annotations": []}', '[' * 99999,
+@pytest.mark.parametrize('text', ['', '[]', 'null', '{', '3', '[' * 99999, '{"images": {}}',
+                                  '{"images": [], "categories": [], "annotations": []}',
                                   '{"images": [1], "categories": [], "annotations": []}'])
 def test_what_is_no_coco_file(tmp_path, text):
-    with pytest.raises(ValueError, match='instances_val2017.json'): coco_instances(written(tmp_path, text), 'validation')
+    with pytest.raises(ValueError, match='instances_val2017.json'):
+        coco_instances(written(tmp_path, text), 'validation')
 
 def test_odd_but_meant(tmp_path):
     held = copy.deepcopy(TRUTH)
@@ -273,7 +294,8 @@ def test_odd_but_meant(tmp_path):
     held['annotations'][0]['segmentation'].append([1, 2, 3, 4])
     data = coco_instances(written(tmp_path, held), 'validation')
     assert data.classes == ('other', 'thing') and len(data) == 2 and [len(e[1]) for e in data.entries] == [2, 0]
-    assert average_precision(data, truth_as_results(data))[0]['AP_box'] == average_precision(data, truth_as_results(data))[0]['AP_mask'] == 100
+    scores = average_precision(data, truth_as_results(data))[0]
+    assert scores['AP_box'] == scores['AP_mask'] == 100
     assert data[0][1]['masks'].sum() == 180 + 16 and len(data[1][1]['boxes']) == 0
 
 def test_boxes_alone(tmp_path):
@@ -296,4 +318,5 @@ def test_boxes_fit_turned_pictures(tmp_path, way):
     held['annotations'] = held['annotations'][:1]
     written(tmp_path, held)
     save(BLOCKS, tmp_path/'val2017/a.png', way)
-    np.testing.assert_array_equal(CocoFolder(tmp_path/'val2017', tmp_path/'annotations/instances_val2017.json')[0][0], np.asarray(stored(BLOCKS, way)))
+    image = CocoFolder(tmp_path/'val2017', tmp_path/'annotations/instances_val2017.json')[0][0]
+    np.testing.assert_array_equal(image, np.asarray(stored(BLOCKS, way)))

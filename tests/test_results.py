@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 def execute(name, monkeypatch, **parameters):
     "Run a notebook's code here, with other parameters; what it displays, as text, and its names."
     shown, space = [], {'__name__': '__main__'}
-    said = lambda *things: shown.extend(getattr(thing, 'data', None) or repr(thing) for thing in things if thing is not None)
+    said = lambda *things: shown.extend(getattr(it, 'data', None) or repr(it) for it in things if it is not None)
     monkeypatch.setattr('IPython.display.display', said)
     for cell in json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text())['cells']:
         if cell['cell_type'] != 'code': continue
@@ -36,7 +36,8 @@ def execute(name, monkeypatch, **parameters):
 @pytest.fixture
 def records(tmp_path):
     "A copy of what the page reads and writes."
-    shutil.copytree(ROOT/'results', tmp_path/'results', ignore=shutil.ignore_patterns('digits', 'scenes', '*.pt', 'executed.ipynb'))
+    left_out = shutil.ignore_patterns('digits', 'scenes', '*.pt', 'executed.ipynb')
+    shutil.copytree(ROOT/'results', tmp_path/'results', ignore=left_out)
     shutil.copy(ROOT/'README.md', tmp_path)
     return tmp_path
 
@@ -88,10 +89,12 @@ def test_a_notebook_can_be_read_on_a_page(path):
         assert len(''.join(cell['source']).splitlines()) <= 60, ''.join(cell['source'])[:200]
         for output in cell['outputs']:
             kinds = set(output.get('data', {}))
-            assert not any('widget' in kind for kind in kinds) or kinds & {'image/png', 'text/html'}, 'a cell that shows nothing without widgets'
+            widget = any('widget' in kind for kind in kinds)
+            assert not widget or kinds & {'image/png', 'text/html'}, 'a cell that shows nothing without widgets'
 
 
 def test_links_to_headings_of_the_readme_resolve():
     text = (ROOT/'README.md').read_text()
-    headings = [re.sub(r'[^\w\- ]', '', line.lstrip('# ').lower()).replace(' ', '-') for line in text.splitlines() if line.startswith('#')]
+    headings = [line.lstrip('# ').lower() for line in text.splitlines() if line.startswith('#')]
+    headings = [re.sub(r'[^\w\- ]', '', heading).replace(' ', '-') for heading in headings]
     for heading in re.findall(r'\]\(#([^)]+)\)', text): assert heading in headings, heading

@@ -11,7 +11,8 @@ from localmamba.scattn import MODES, SCAttn
 
 LAYOUTS = {'contiguous': lambda x: x, 'sliced': lambda x: torch.stack([x, x], -1)[..., 1],
            'transposed': lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-           'padded': lambda x: torch.nn.functional.pad(x, (3, 2, 1, 0))[..., 1:, 3:-2], 'expanded': lambda x: x[:1].expand_as(x)}
+           'padded': lambda x: torch.nn.functional.pad(x, (3, 2, 1, 0))[..., 1:, 3:-2],
+           'expanded': lambda x: x[:1].expand_as(x)}
 
 
 def literal(attn, branches): return attn(branches.flatten(0, 1)).view_as(branches).sum(1)
@@ -24,7 +25,10 @@ def attention(dim, dtype=torch.float32, **kwargs):
     return attn
 
 
-def compare(shape, layout=LAYOUTS['contiguous'], loss=lambda y: (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()):
+def weighted(y): return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
+
+
+def compare(shape, layout=LAYOUTS['contiguous'], loss=weighted):
     "Output and every gradient against the literal way in float64."
     attn, exact = attention(shape[-1]), attention(shape[-1]).double()
     leaf = (2 * torch.randn(shape) + 1).requires_grad_()
@@ -108,7 +112,8 @@ def test_the_gate_on_the_merged_map_is_its_definition_with_gradients(family, mod
     torch.manual_seed(0)
     mixer = family(16, ('h', 'v_flip', 'w2'), d_state=4, scattn=mode, scattn_at='merged').double()
     for p in mixer.parameters(): torch.nn.init.uniform_(p, -0.5, 0.5)
-    branches, dy = torch.randn(2, 3, 12, 32, dtype=torch.float64, requires_grad=True), torch.randn(2, 12, 32, dtype=torch.float64)
+    branches = torch.randn(2, 3, 12, 32, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(2, 12, 32, dtype=torch.float64)
 
     def plain(branches):
         x, attn = branches[:, 0] + branches[:, 1] + branches[:, 2], mixer.attn
@@ -121,17 +126,19 @@ def test_the_gate_on_the_merged_map_is_its_definition_with_gradients(family, mod
 
     torch.testing.assert_close(mixer.merge(branches), plain(branches))
     leaves = [branches, *mixer.attn.parameters()]
-    torch.testing.assert_close(torch.autograd.grad(mixer.merge(branches), leaves, dy), torch.autograd.grad(plain(branches), leaves, dy))
+    torch.testing.assert_close(torch.autograd.grad(mixer.merge(branches), leaves, dy),
+                               torch.autograd.grad(plain(branches), leaves, dy))
 
 
 @pytest.mark.parametrize('name', ['test_local_vim', 'test_local_vmamba'])
 def test_the_place_of_the_gate_in_models(name):
     before, late = timm.create_model(name).eval(), timm.create_model(name, scattn_at='merged').eval()
-    for p in before.parameters(): torch.nn.init.uniform_(p, -0.5, 0.5)  # at the start all gates are nearly ½, wherever they stand
+    # at the start all gates are nearly ½, wherever they stand
+    for p in before.parameters(): torch.nn.init.uniform_(p, -0.5, 0.5)
     assert {k: v.shape for k, v in before.state_dict().items()} == {k: v.shape for k, v in late.state_dict().items()}
-    with pytest.raises(RuntimeError, match="weights belong to scattn_at='branch'"): late.load_state_dict(before.state_dict())
-    with pytest.raises(RuntimeError, match="weights belong to scattn_at='merged'"): before.load_state_dict(late.state_dict())
-    with pytest.raises(RuntimeError, match="weights belong to scattn_at='branch'"): late.load_state_dict(dict(before.state_dict()))
+    for model, weights, place in ((late, before.state_dict(), 'branch'), (before, late.state_dict(), 'merged'),
+                                  (late, dict(before.state_dict()), 'branch')):
+        with pytest.raises(RuntimeError, match=f"weights belong to scattn_at='{place}'"): model.load_state_dict(weights)
     late.load_state_dict(without_facts(before.state_dict()))  # bare tensors say nothing of where they belong
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad(): assert not torch.allclose(before(images), late(images), atol=1e-6)
@@ -142,7 +149,8 @@ def test_the_place_of_the_gate_in_models(name):
 
 
 def test_the_merged_gate_costs_one_branch():
-    at = {place: timm.create_model('test_local_vmamba', scattn='both', scattn_at=place) for place in ('branch', 'merged')}
-    none, branch, merged = (count_flops(m, 32, 'nine') for m in (timm.create_model('test_local_vmamba', scattn='none'), *at.values()))
+    ungated = timm.create_model('test_local_vmamba', scattn='none')
+    at = {p: timm.create_model('test_local_vmamba', scattn='both', scattn_at=p) for p in ('branch', 'merged')}
+    none, branch, merged = (count_flops(m, 32, 'nine') for m in (ungated, *at.values()))
     assert branch - none == 4 * (merged - none)
     assert len({sum(p.numel() for p in m.parameters()) for m in at.values()}) == 1

@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 from localmamba.models.weights import to_released
 from localmamba.runs import Run, read_csv
-from localmamba.search import (PLANTED, AlphaRecord, entropy, planted, read_directions, resolve_directions, searched_directions,
-                               search_weights, top_directions, write_directions)
+from localmamba.search import (PLANTED, AlphaRecord, entropy, planted, read_directions, resolve_directions,
+                               searched_directions, search_weights, top_directions, write_directions)
 from localmamba.train import fit, param_groups
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,9 @@ ROOT = Path(__file__).parent.parent
 
 class Fresh:
     "Batches of a planted problem, new ones in every pass."
-    def __init__(self, problem, batches, bs=16, side=8): self.problem, self.batches, self.bs, self.side, self.seed, self.epoch = problem, batches, bs, side, 0, 0
+    def __init__(self, problem, batches, bs=16, side=8):
+        self.problem, self.batches, self.bs, self.side = problem, batches, bs, side
+        self.seed, self.epoch = 0, 0
     def __len__(self): return self.batches
     def state_dict(self): return {'seed': self.seed, 'epoch': self.epoch}
     def load_state_dict(self, state): self.seed, self.epoch = state['seed'], state['epoch']
@@ -36,8 +38,9 @@ class Fresh:
 
 
 def supernet():
-    return timm.create_model('test_local_vim', img_size=8, patch_size=1, in_chans=1, num_classes=2, embed_dim=8, depth=1, directions='search',
-                             candidates=('h', 'h_flip', 'v', 'v_flip', 'w2', 'w2_flip'), rope=False, abs_pos_embed=False)
+    return timm.create_model('test_local_vim', img_size=8, patch_size=1, in_chans=1, num_classes=2, embed_dim=8,
+                             depth=1, directions='search', rope=False, abs_pos_embed=False,
+                             candidates=('h', 'h_flip', 'v', 'v_flip', 'w2', 'w2_flip'))
 
 
 def search(problem, seed=0, epochs=3, batches=30, **options):
@@ -54,7 +57,8 @@ def test_a_planted_answer_is_found(problem):
     model, table = search(problem)
     assert searched_directions(model, top=2) == [PLANTED[problem]]
     assert table.epoch.tolist() == [0, 1, 2] and (table.layer == 0).all()
-    assert_close(torch.tensor(table[list(model.directions[0])].iloc[-1].to_list()), search_weights(model)[0].softmax(-1)[0], rtol=1e-5, atol=1e-6)
+    last = torch.tensor(table[list(model.directions[0])].iloc[-1].to_list())
+    assert_close(last, search_weights(model)[0].softmax(-1)[0], rtol=1e-5, atol=1e-6)
     assert table.entropy.is_monotonic_decreasing and table.entropy.iloc[-1] < 0.99
 
 
@@ -79,13 +83,15 @@ def test_an_interrupted_search_keeps_its_past(tmp_path):
 def test_alpha_decays_by_the_rule_of_the_release_only(name):
     model = timm.create_model(name, directions='search')
     alphas = {id(p) for n, p in model.named_parameters() if n.endswith('alpha')}
-    def decaying(rule): return {id(p) for g in param_groups(model, 0.05, rule) if g['weight_decay'] for p in g['params']}
+    def decaying(rule):
+        return {id(p) for g in param_groups(model, 0.05, rule) if g['weight_decay'] for p in g['params']}
     assert alphas and not alphas & decaying('study') and alphas <= decaying('release')
 
 
 def test_layers_are_read_in_their_order(tmp_path):
     "Layer 10 comes after layer 9, not after layer 1."
-    for kwargs in (dict(model_name='test_local_vim', depth=12), dict(model_name='test_local_vmamba', dims=(16, 16), depths=(1, 11))):
+    for kwargs in (dict(model_name='test_local_vim', depth=12),
+                   dict(model_name='test_local_vmamba', dims=(16, 16), depths=(1, 11))):
         model = timm.create_model(directions='search', **kwargs)
         alphas = [p for n, p in model.named_parameters() if n.endswith('alpha')]
         with torch.no_grad():
@@ -98,7 +104,8 @@ def test_layers_are_read_in_their_order(tmp_path):
 
 
 def test_sources_that_are_no_search(tmp_path):
-    with pytest.raises(ValueError, match="a supernet, built with directions='search'"): searched_directions(timm.create_model('test_local_vim'))
+    with pytest.raises(ValueError, match="a supernet, built with directions='search'"):
+        searched_directions(timm.create_model('test_local_vim'))
     with pytest.raises(FileNotFoundError, match='no checkpoint at'): searched_directions(tmp_path/'nothing.ckpt')
     other = timm.create_model('test_local_vim', directions='search', candidates=('h', 'v', 'w3'))
     assert {d for layer in searched_directions(other.state_dict(), top=2) for d in layer} <= {'h', 'v', 'w3'}
@@ -119,12 +126,15 @@ def test_a_file_of_directions_for_another_depth_is_refused(tmp_path):
     with pytest.raises(ValueError, match='holds 3 layers, the model has 4'): resolve_directions(path, 4)
 
 
-TINY = ['-p', 'n_train', '128', '-p', 'n_valid', '40', '-p', 'depth', '2', '-p', 'embed_dim', '16', '-p', 'epochs', '1', '-y', 'seeds: [0, 1]']
+TINY = ['-p', 'n_train', '128', '-p', 'n_valid', '40', '-p', 'depth', '2', '-p', 'embed_dim', '16', '-p', 'epochs', '1',
+        '-y', 'seeds: [0, 1]']
 
 
 def papermill(folder, notebook, *args):
-    command = [sys.executable, '-m', 'papermill', ROOT/f'nbs/{notebook}.ipynb', folder/'out.ipynb', '--cwd', folder, '--no-progress-bar', *args]
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    command = [sys.executable, '-m', 'papermill', ROOT/f'nbs/{notebook}.ipynb', folder/'out.ipynb',
+               '--cwd', folder, '--no-progress-bar', *args]
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          timeout=600)
     return done.returncode, done.stdout
 
 
@@ -143,9 +153,11 @@ def test_search_directions(searches):
     runs = sorted((results/'runs').iterdir())
     assert len(runs) == 2
     for run in runs:
-        assert {f.name for f in run.iterdir()} == {'params.json', 'env.json', 'history.csv', 'metrics.json', 'alpha.csv', 'directions.json'}
+        assert {f.name for f in run.iterdir()} == {'params.json', 'env.json', 'history.csv', 'metrics.json',
+                                                   'alpha.csv', 'directions.json'}
         record, alpha = json.loads((run/'directions.json').read_text()), pd.read_csv(run/'alpha.csv')
-        assert [len(layer) for layer in read_directions(run/'directions.json')] == [4, 4] and record['provenance']['run'] == run.name
+        assert [len(layer) for layer in read_directions(run/'directions.json')] == [4, 4]
+        assert record['provenance']['run'] == run.name
         assert len(alpha) == 2 and (alpha[record['candidates']].sum(axis=1) - 1).abs().max() < 1e-6
         assert str(searches) not in (run/'directions.json').read_text()
     assert pd.read_csv(results/'table.csv').layer.tolist() == [0, 0, 1, 1]
@@ -156,9 +168,11 @@ def test_ablation_search_takes_the_searches_that_are_there(searches):
     before = {f: f.stat().st_mtime_ns for f in searches.glob('results/search_directions/digits/runs/*/metrics.json')}
     code, text = papermill(searches, 'ablation_search', *TINY, '-p', 'search_epochs', '1', '-p', 'draws', '1')
     assert code == 0, text
-    assert before == {f: f.stat().st_mtime_ns for f in searches.glob('results/search_directions/digits/runs/*/metrics.json')}
+    kept = searches.glob('results/search_directions/digits/runs/*/metrics.json')
+    assert before == {f: f.stat().st_mtime_ns for f in kept}
     table = pd.read_csv(searches/'results/ablation_search/digits/table.csv')
-    assert table.row.tolist() == ['searched', 'random', 'un-searched', 'un-searched, longer', 'worst'] and (table.seeds == 2).all()
+    assert table.row.tolist() == ['searched', 'random', 'un-searched', 'un-searched, longer', 'worst']
+    assert (table.seeds == 2).all()
     assert table.params_m.nunique() == 1 and table.epochs.tolist()[:3] == [1, 1, 1] and table.epochs[3] > 2
     for run in (searches/'results/ablation_search/digits/runs').glob('searched*'):
         params = json.loads((run/'params.json').read_text())
@@ -183,12 +197,15 @@ def in_this_process(notebook, **given):
     return space
 
 
-@pytest.mark.parametrize('notebook, given', [('ablation_search', dict(rows=['searched', 'worst'], search_epochs=1)), ('ablation_scan', dict(rows=['local']))])
+@pytest.mark.parametrize('notebook, given', [
+    ('ablation_search', dict(rows=['searched', 'worst'], search_epochs=1)), ('ablation_scan', dict(rows=['local']))])
 def test_experiments_take_a_file_of_directions(searches, notebook, given, monkeypatch):
     monkeypatch.chdir(searches)
     plt.switch_backend('agg')
     found = next(searches.glob('results/search_directions/digits/runs/*/directions.json'))
-    space = in_this_process(notebook, directions=str(found), n_train=128, n_valid=40, depth=2, embed_dim=16, epochs=1, seeds=[5], **given)
-    assert [tuple(map(tuple, d)) for d in space['frame'].directions if not isinstance(d[0], str)][0] == tuple(read_directions(found))
+    given = given | dict(directions=str(found), n_train=128, n_valid=40)
+    space = in_this_process(notebook, depth=2, embed_dim=16, epochs=1, seeds=[5], **given)
+    layers = next(d for d in space['frame'].directions if not isinstance(d[0], str))
+    assert tuple(map(tuple, layers)) == tuple(read_directions(found))
     assert len(pd.read_csv(searches/f'results/{notebook}/digits/table.csv')) == 2
-    with pytest.raises(ValueError, match='the model has 3'): in_this_process(notebook, directions=str(found), n_train=128, n_valid=40, depth=3, **given)
+    with pytest.raises(ValueError, match='the model has 3'): in_this_process(notebook, depth=3, **given)

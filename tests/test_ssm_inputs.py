@@ -1,8 +1,11 @@
-"What the operators do with odd inputs: wrong tokens, changed orders, empty tensors, transforms of torch.func, other threads."
+"What the operators do with odd inputs: wrong tokens, changed orders, empty tensors, torch.func, other threads."
 
 import copy
 import io
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -586,3 +589,16 @@ def test_spoilt_modules_are_called(spoil):
     y, literal = attn.merge(x), attn(x.flatten(0, 1)).view_as(x).sum(1)
     assert torch.equal(y, literal)
     assert torch.equal(*(torch.autograd.grad(t.square().sum(), x)[0] for t in (y, literal)))
+
+
+# guard pages
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='needs mprotect')
+@pytest.mark.parametrize('lanes', (0, 8))
+def test_fuzz(lanes):
+    "A minute of random inputs against pages without access, on the machine's vectors and on those of 8 lanes."
+    script = Path(__file__).with_name('fuzz_ssm.py')
+    result = subprocess.run([sys.executable, script, '60', str(lanes)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]

@@ -26,10 +26,11 @@ def by_hand(claim, data):
     seen = {}
     for params, metrics in raw(claim.experiment, data):
         if claim.model and params.get('model') != claim.model or claim.value not in metrics: continue
-        seen.setdefault((params.get('model'), params['seed']), {}).setdefault(params['row'], []).append(metrics[claim.value])
+        rows = seen.setdefault((params.get('model'), params['seed']), {})
+        rows.setdefault(params['row'], []).append(metrics[claim.value])
     means = [{row: np.mean(values) for row, values in rows.items()} for rows in seen.values()]
     both = [m for m in means if {*claim.row, *claim.base} <= set(m)]
-    return np.array([np.mean([m[r] for r in claim.row]) for m in both]), np.array([np.mean([m[r] for r in claim.base]) for m in both])
+    return tuple(np.array([np.mean([m[r] for r in rows]) for m in both]) for rows in (claim.row, claim.base))
 
 
 @pytest.mark.parametrize('data', ['cifar10', 'miniature'])
@@ -38,7 +39,8 @@ def test_verdicts_recomputed_from_raw_metrics(data):
     for claim in study.CLAIMS:
         row, base = by_hand(claim, data)
         p = stats.ttest_rel(row, base).pvalue if len(row) > 1 else 1.
-        low, high = stats.t.interval(.95, len(row) - 1, np.mean(row - base), stats.sem(row - base)) if len(row) > 1 else (np.nan, np.nan)
+        low, high = (stats.t.interval(.95, len(row) - 1, np.mean(row - base), stats.sem(row - base)) if len(row) > 1
+                     else (np.nan, np.nan))
         expected.append([len(row), np.mean(row - base) if len(row) else np.nan, low, high, p])
     counts, mean, low, high, p = map(np.array, zip(*expected))
     order, corrected, worst = sorted(range(len(p)), key=lambda i: p[i]), [None] * len(p), 0.
@@ -50,8 +52,9 @@ def test_verdicts_recomputed_from_raw_metrics(data):
         np.testing.assert_allclose(table[name], values, rtol=1e-9, atol=1e-12)
     for i, line in table.iterrows():
         sure = corrected[i] < .05
-        right = ('no record' if not counts[i] else 'holds' if sure and mean[i] * line['sign'] > 0 else 'contradicted' if sure else
-                 'no difference above 1 point' if -1 < low[i] and high[i] < 1 else 'not decided')
+        right = ('no record' if not counts[i] else 'holds' if sure and mean[i] * line['sign'] > 0
+                 else 'contradicted' if sure
+                 else 'no difference above 1 point' if -1 < low[i] and high[i] < 1 else 'not decided')
         assert line.verdict == right, line.claim
 
 
@@ -74,13 +77,15 @@ def recipe_cell(experiment, given):
         elif 'recipe = recipe_of(' in source:
             from localmamba.study import recipe_of
             start = source.index('recipe = recipe_of(')
-            exec('params = check_parameters()\n' + source[start:source.index('\nresults', start)], space | {'recipe_of': recipe_of}, space)
+            code = 'params = check_parameters()\n' + source[start:source.index('\nresults', start)]
+            exec(code, space | {'recipe_of': recipe_of}, space)
             return space['recipe']
 
 
 OWN = {'row', 'directions', 'scattn', 'scattn_at', 'seed', 'model', 'draw', 'search', 'epochs'}
 
-@pytest.mark.parametrize('experiment', ['ablation_scan', 'ablation_scattn', 'ablation_search', 'search_directions', 'receptive_fields'])
+@pytest.mark.parametrize('experiment', ['ablation_scan', 'ablation_scattn', 'ablation_search', 'search_directions',
+                                        'receptive_fields'])
 def test_the_names_of_recorded_runs_have_not_changed(experiment):
     given = yaml.safe_load((ROOT/f'nbs/configs/{experiment}/cifar10.yaml').read_text())
     recipe, seen = recipe_cell(experiment, given), 0
@@ -96,12 +101,14 @@ def test_tables_made_again_are_those_recorded():
     import pandas as pd
     for experiment, by in (('ablation_scan', ['row']), ('ablation_scattn', ['model', 'row'])):
         table = pd.read_csv(ROOT/f'results/{experiment}/cifar10/table.csv')
-        again = study.row_table(collect(experiment, 'cifar10', ROOT), by).set_index(by).loc[pd.MultiIndex.from_frame(table[by]) if len(by) > 1 else table.row]
+        again = study.row_table(collect(experiment, 'cifar10', ROOT), by).set_index(by)
+        again = again.loc[pd.MultiIndex.from_frame(table[by]) if len(by) > 1 else table.row]
         for name in ('top1_mean', 'top1_std', 'seeds', 'params_m'): np.testing.assert_allclose(again[name], table[name])
 
 
 def test_the_protocol_names_every_claim():
-    lines = (ROOT/'results/miniature/PROTOCOL.md').read_text().split('<!-- claims -->')[1].split('<!-- end -->')[0].splitlines()
+    protocol = (ROOT/'results/miniature/PROTOCOL.md').read_text()
+    lines = protocol.split('<!-- claims -->')[1].split('<!-- end -->')[0].splitlines()
     named = [line.split(' | ')[0].strip('| ') for line in lines if line.startswith('| ')][1:]
     assert named == [claim.text for claim in study.CLAIMS]
 

@@ -10,14 +10,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-TINY = ['-y', 'shapes: [[1, 16, 20, 4]]', '-y', 'models: [test_local_vim, test_local_vmamba]', '-y', 'train_models: [test_local_vim]',
-        '-y', 'token_sizes: [32, 64]', '-p', 'compiled', 'False', '-p', 'img_size', '32', '-p', 'batch_size', '2', '-p', 'repeats', '1',
-        '-p', 'max_seconds', '1', '-p', 'threads', '1', '-p', 'device', 'toy', '-p', 'gpu_batch_size', '2']
+TINY = ['-y', 'shapes: [[1, 16, 20, 4]]', '-y', 'models: [test_local_vim, test_local_vmamba]',
+        '-y', 'train_models: [test_local_vim]', '-y', 'token_sizes: [32, 64]', '-p', 'compiled', 'False',
+        '-p', 'img_size', '32', '-p', 'batch_size', '2', '-p', 'repeats', '1', '-p', 'max_seconds', '1',
+        '-p', 'threads', '1', '-p', 'device', 'toy', '-p', 'gpu_batch_size', '2']
 
 
 def papermill(folder, *args):
     (folder/'settings.ini').touch()
-    command = [sys.executable, '-m', 'papermill', ROOT/'nbs/throughput.ipynb', folder/'out.ipynb', '--cwd', folder, '--no-progress-bar', *args]
+    command = [sys.executable, '-m', 'papermill', ROOT/'nbs/throughput.ipynb', folder/'out.ipynb',
+               '--cwd', folder, '--no-progress-bar', *args]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
 
 
@@ -67,4 +69,5 @@ def test_one_part_alone_and_no_gpu(toy, tmp_path):
 def test_a_wrong_part_is_refused(tmp_path, monkeypatch):
     from test_results import execute
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"parts: \['memory'\] are unknown; allowed: scan, models, tokens, gpu"): execute('throughput', monkeypatch, parts=['memory'])
+    with pytest.raises(ValueError, match=r"parts: \['memory'\] are unknown; allowed: scan, models, tokens, gpu"):
+        execute('throughput', monkeypatch, parts=['memory'])

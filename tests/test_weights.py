@@ -81,7 +81,8 @@ def test_no_program_in_a_file_runs(tmp_path, caplog):
 
 EMA = {
     'model_ema': lambda s: {'model_ema': s}, 'state_dict_ema': lambda s: {'state_dict_ema': s},
-    'ema_model': lambda s: {'ema_model': s}, 'ema': lambda s: {'ema': s}, 'nested': lambda s: {'model_ema': {'state_dict': s, 'decay': 0.9999}},
+    'ema_model': lambda s: {'ema_model': s}, 'ema': lambda s: {'ema': s},
+    'nested': lambda s: {'model_ema': {'state_dict': s, 'decay': 0.9999}},
     'dotted': lambda s: {'model_ema.state_dict': s}, 'ema_state_dict': lambda s: {'ema_state_dict': s}}
 
 
