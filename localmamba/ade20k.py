@@ -54,9 +54,10 @@ ADE20K_COLOURS = tuple(tuple(bytes.fromhex(entry[-6:])) for entry in _ADE20K.spl
 ADE20K_LAYOUT = '''expected layout:
     images/training/<name>.jpg          annotations/training/<name>.png
     images/validation/<name>.jpg        annotations/validation/<name>.png
-    classes.json                        only if the classes are not ADE20K's 150: [{"name": ..., "colour": [r, g, b], "label": n}, ...]
-An annotation is as large as its image and has one channel of class numbers: from 1, and 0 for unlabelled, unless "label" says which.
-"colour" and "label" may be left out.'''
+    classes.json                        only if the classes are not ADE20K's 150:
+                                        [{"name": ..., "colour": [r, g, b], "label": n}, ...]
+An annotation is as large as its image and has one channel of class numbers: from 1, and 0 for unlabelled,
+unless "label" says which. "colour" and "label" may be left out.'''
 
 # %% ../nbs/lib/27_ade20k.ipynb #113fb8f2
 LABEL_SUFFIXES = ('.png', '.tif', '.tiff', '.bmp', '.gif', '.pgm') # what keeps numbers as they are
@@ -65,8 +66,8 @@ def label_image(path):
     "The numbers of a label map as a picture; raises `ValueError` for colours."
     image = open_image(path, None)
     if image.mode in ('1', 'L', 'P', 'I') or image.mode.startswith('I;16'): return image
-    raise ValueError(f'annotation {path}: its pixels are colours or fractions (mode {image.mode!r}); allowed: one channel of class numbers, '
-                     '8-bit, 16-bit or with a palette')
+    raise ValueError(f'annotation {path}: its pixels are colours or fractions (mode {image.mode!r}); '
+                     'allowed: one channel of class numbers, 8-bit, 16-bit or with a palette')
 
 def read_labels(
     path, # of a label map
@@ -83,8 +84,8 @@ def read_labels(
     labels = table[np.where((held < 0) | (held >= len(table)), len(table) - 1, held)]
     if labels.size and labels.min() < 0:
         wrong = np.unique(held[labels < 0])
-        told = f'0 (unlabelled) to {n_classes}' if (numbers,
-                                                    tuple(ignored)) == (tuple(range(1, n_classes + 1)), (0,)) else f'{_some(numbers)} and, ignored, {_some(ignored)}'
+        usual = (numbers, tuple(ignored)) == (tuple(range(1, n_classes + 1)), (0,))
+        told = f'0 (unlabelled) to {n_classes}' if usual else f'{_some(numbers)} and, ignored, {_some(ignored)}'
         raise ValueError(f'annotation {path}: holds {_some(wrong)}; allowed: {told}, one of {n_classes} classes; '
                          f'ignored=({wrong[0]},) says that a number counts nowhere')
     return labels.astype(np.uint8)
@@ -96,15 +97,17 @@ def _some(numbers, n=8):
 def check_classes(classes, numbers, ignored):
     "Refuse numbers that stand for two things, and one class alone."
     if len(classes) == 1:
-        raise ValueError(f'classes: got 1 ({classes[0]!r}); allowed: 2 to {IGNORE - 1}. One class alone cannot be told from anything: name what is '
-                         'around it too, as the first entry of classes.json, {"name": "background"}')
+        raise ValueError(f'classes: got 1 ({classes[0]!r}); allowed: 2 to {IGNORE - 1}. One class alone cannot be told '
+                         'from anything: name what is around it too, as the first entry of classes.json, '
+                         '{"name": "background"}')
     if not 2 <= len(classes) < IGNORE: raise ValueError(f'classes: got {len(classes)}; allowed: 2 to {IGNORE - 1}')
     used = [*(numbers or range(1, len(classes) + 1)), *ignored]
     for value in used: check_number(value)
     if numbers is not None and len(numbers) != len(classes):
         raise ValueError(f'numbers: got {len(numbers)}; allowed: {len(classes)}, one a class')
     if twice := [n for n, times in Counter(used).items() if times > 1]:
-        raise ValueError(f'numbers, ignored: got {_some(twice)} more than once; allowed: each number for one class, or ignored')
+        raise ValueError(f'numbers, ignored: got {_some(twice)} more than once; '
+                         'allowed: each number for one class, or ignored')
 
 def check_number(value):
     "Refuse what cannot stand in a label map."
@@ -135,7 +138,8 @@ class LabelledFolder:
         numbers: tuple = None, # which number stands for each class; None: from 1
         ignored: tuple = (0,), # numbers that count nowhere
     ):
-        self.classes, self.name, self.layout, self.numbers, self.ignored = tuple(classes), name, layout, numbers, tuple(ignored)
+        self.classes, self.name, self.layout = tuple(classes), name, layout
+        self.numbers, self.ignored = numbers, tuple(ignored)
         check_classes(self.classes, numbers, self.ignored)
         self.colours = tuple(colours or _colour_circle(len(self.classes)))
         if len(self.colours) != len(self.classes):
@@ -229,8 +233,9 @@ def chosen_numbers(
     if 0 not in seen or n in seen or max(seen) > n: return from_one
     if seen == set(range(n)) and first: return from_zero
     if seen == set(range(n)) or first:
-        raise ValueError(f'classes: no training label map holds {n}, the number of {classes[-1]!r} if {classes[0]!r} is 1, and some hold 0. '
-                         f"label_zero='class' says that 0 is {classes[0]!r}, label_zero='ignored' that 0 is unlabelled")
+        raise ValueError(f'classes: no training label map holds {n}, the number of {classes[-1]!r} if {classes[0]!r} '
+                         f"is 1, and some hold 0. label_zero='class' says that 0 is {classes[0]!r}, "
+                         "label_zero='ignored' that 0 is unlabelled")
     return from_one
 
 # %% ../nbs/lib/27_ade20k.ipynb #b5785509
@@ -244,14 +249,13 @@ def own_numbers(
     ignored: tuple = (), # numbers that count nowhere
     known: bool = False, # ADE20K itself: two classes in its maps are enough
 ) -> dict: # `numbers` and `ignored` of `LabelledFolder`
-    "The numbers of the classes, and a warning about those that no training map holds; raises `ValueError` if there is but one."
+    "The classes' numbers; warns of those that no training map holds, raises `ValueError` if there is but one."
     if label_zero not in (None, 'class', 'ignored'):
         raise ValueError(f"label_zero: got {label_zero!r}; allowed: 'class', 'ignored' or None")
     ignored = tuple(ignored) if isinstance(ignored, (list, tuple)) else (ignored,)
     for value in ignored: check_number(value)
-    wanted, key = set(numbers or range(1,
-                                       len(classes)
-                                       + 1)) - set(ignored), fingerprint(classes, numbers, ignored, known, _files_as(maps))
+    wanted = set(numbers or range(1, len(classes) + 1)) - set(ignored)
+    key = fingerprint(classes, numbers, ignored, known, _files_as(maps))
     if key not in _LOOKED: _LOOKED[key] = numbers_seen(maps, wanted, 2 * known)
     seen = _LOOKED[key].keys() - set(ignored)
     told, n = numbers, len(classes)
@@ -268,10 +272,12 @@ def own_numbers(
     cure = ("; label_zero='class' says that 0 is the first class" if 0 in ignored and 0 in _LOOKED[key] else '')
     if len(missing) > len(classes) - 2:
         held = [c for c in classes if c not in missing]
-        raise ValueError(f'classes: the {len(maps)} training label maps hold {f"only {held[0]!r}" if held else "none"} of the {len(classes)} classes; '
+        found = f'only {held[0]!r}' if held else 'none'
+        raise ValueError(f'classes: the {len(maps)} training label maps hold {found} of the {len(classes)} classes; '
                          f'allowed: two or more, since one alone cannot be told from anything{cure}')
     if missing and not known:
-        warnings.warn(f'classes: {len(missing)} of {len(classes)} are in none of the {len(maps)} training label maps: {_some(missing)}{cure}')
+        warnings.warn(f'classes: {len(missing)} of {len(classes)} are in none of the {len(maps)} training label maps: '
+                      f'{_some(missing)}{cure}')
     return dict(numbers=numbers, ignored=ignored)
 
 def no_strays(seen, strays, allowed, ignored):
@@ -318,7 +324,7 @@ def read_classes(
 def ade20k(
     path, # folder `ADEChallengeData2016`, or the one that holds it
     split: str = 'training', # or 'validation'
-    label_zero: str = None, # 'class': 0 is the first class; 'ignored': unlabelled; None: as ADE20K, or as the maps of other data say
+    label_zero: str = None,  # 'class': 0 is the first class; 'ignored': unlabelled; None: as ADE20K or as the maps say
     ignored: tuple = (), # more numbers that count nowhere
 ) -> LabelledFolder:
     "ADE20K's scene parsing data, or any data in its layout."
@@ -328,7 +334,8 @@ def ade20k(
     if not path.is_dir(): raise FileNotFoundError(f'path: {path} does not exist\n{ADE20K_LAYOUT}')
     missing = [part for part in ('images', 'annotations') if not (path/part/split).is_dir()]
     if missing:
-        raise ValueError(f'path: {path} has no {" and no ".join(f"{part}/{split}" for part in missing)}\n{ADE20K_LAYOUT}')
+        parts = ' and no '.join(f'{part}/{split}' for part in missing)
+        raise ValueError(f'path: {path} has no {parts}\n{ADE20K_LAYOUT}')
     names, colours, numbers = ADE20K_CLASSES, ADE20K_COLOURS, None
     if own := (path/'classes.json').exists():
         entries = read_classes(path/'classes.json', ADE20K_LAYOUT)

@@ -32,7 +32,8 @@ COCO_LAYOUT = """expected layout:
     train2017/<file_name>      annotations/instances_train2017.json
     val2017/<file_name>        annotations/instances_val2017.json
 A .json holds {"images": [{"id", "file_name", "height", "width"}, ...], "categories": [{"id", "name"}, ...],
-"annotations": [{"id", "image_id", "category_id", "bbox": [left, top, width, height], "segmentation", "area", "iscrowd"}, ...]}."""
+"annotations": [{"id", "image_id", "category_id", "bbox": [left, top, width, height], "segmentation", "area",
+"iscrowd"}, ...]}."""
 
 # %% ../nbs/lib/26_coco.ipynb #fc410f5a
 def is_number(value, low=-1e12, high=1e12):
@@ -110,7 +111,7 @@ def check_annotations(held, wrong, masks):
         elif problem := segmentation_problem(a, size, far): refuse('segmentation', a.get('segmentation'), problem)
 
 def segmentation_problem(a, size, far):
-    "What is allowed where the segmentation of an annotation is wrong; ''. Polygons without an inside are dropped beside others."
+    "What is allowed where a segmentation is wrong, else ''. Polygons without an inside are dropped beside others."
     given = a.get('segmentation')
     if not given: return 'polygons or run lengths; masks=False reads boxes alone'
     if isinstance(given, dict):
@@ -132,7 +133,8 @@ def segmentation_problem(a, size, far):
 def unpacked(
     text: str,  # compressed run lengths
 ) -> list:  # of whole numbers
-    "Run lengths out of COCO's text: five bits a character, the difference from the last but one; raises `IndexError` where it breaks off."
+    """Run lengths out of COCO's text: five bits a character, the difference from the last but one.
+    Raises `IndexError` where it breaks off."""
     counts, at = [], 0
     while at < len(text):
         value, shift, more = 0, 0, True
@@ -154,7 +156,8 @@ def mask_of(
     if not given:
         raise ValueError(f'annotation {annotation.get("id")}: segmentation: got none; allowed: polygons or run lengths')
     if isinstance(given, dict) and tuple(given['size']) != tuple(size):
-        raise ValueError(f'annotation {annotation.get("id")}: segmentation: got {given["size"]} pixels; allowed: those of its image, {list(size)}')
+        raise ValueError(f'annotation {annotation.get("id")}: segmentation: got {given["size"]} pixels; '
+                         f'allowed: those of its image, {list(size)}')
     return rle.segmToRle(given, size[1], size[0])
 
 # %% ../nbs/lib/26_coco.ipynb #e3adf663
@@ -182,8 +185,9 @@ class CocoFolder:
         say_left_out(name, left_out)
         missing = [e['file_name'] for e in entries if e['file_name'] not in there]
         if missing and not skip_missing:
-            raise FileNotFoundError(f'annotations {annotations}: {len(missing)} of {len(entries)} images are not in {images}: '
-                                    f'{", ".join(missing[:5])}{", …" if len(missing) > 5 else ""}; skip_missing=True leaves them out')
+            named = ', '.join(missing[:5]) + (', …' if len(missing) > 5 else '')
+            raise FileNotFoundError(f'annotations {annotations}: {len(missing)} of {len(entries)} images are not in '
+                                    f'{images}: {named}; skip_missing=True leaves them out')
         by_image = {e['id']: [] for e in entries}
         for a in held['annotations']: by_image[a['image_id']].append(a)
         kept = [e for e in entries if e['file_name'] in there]
@@ -201,8 +205,9 @@ class CocoFolder:
     def __repr__(self):
         crowds = sum(bool(a.get('iscrowd')) for _, instances in self.entries for a in instances)
         without = [f'{n} {what}' for what, n in self.left_out.items() if n]
-        return (f'{self.name}: {len(self)} images, {sum(len(i) for _, i in self.entries) - crowds} instances of {len(self.classes)} classes, {crowds} crowds'
-                + (f' ({" and ".join(without)} left out)' if without else ''))
+        instances = sum(len(i) for _, i in self.entries) - crowds
+        return (f'{self.name}: {len(self)} images, {instances} instances of {len(self.classes)} classes, '
+                f'{crowds} crowds' + (f' ({" and ".join(without)} left out)' if without else ''))
 
 # %% ../nbs/lib/26_coco.ipynb #3731ad0e
 @patch
@@ -212,7 +217,8 @@ def size(self: CocoFolder, i):
 
 @patch
 def __getitem__(self: CocoFolder, i):
-    "Image (H, W, 3) uint8 and its instances: boxes (n, 4) fp32, labels (n,), masks (n, H, W) uint8, crowd (n,) bool, image_id"
+    """Image (H, W, 3) uint8 and its instances: boxes (n, 4) fp32, labels (n,), masks (n, H, W) uint8, crowd (n,) bool
+    and image_id."""
     entry, instances = self.entries[i]
     path, size = self.folder/entry['file_name'], self.size(i)
     picture = open_image(path)
@@ -220,7 +226,8 @@ def __getitem__(self: CocoFolder, i):
         picture = open_image(path, turn=False)  # annotated as it is stored
     image = np.asarray(picture)
     if image.shape[:2] != tuple(size):
-        raise ValueError(f'image {path} has {image.shape[0]}x{image.shape[1]} pixels, its annotations say {size[0]}x{size[1]}')
+        raise ValueError(f'image {path} has {image.shape[0]}x{image.shape[1]} pixels, '
+                         f'its annotations say {size[0]}x{size[1]}')
     boxes = np.array([a['bbox'] for a in instances], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     runs = [mask_of(a, size) for a in instances] if self.masks else []
@@ -290,7 +297,8 @@ def coco_scenes(
 ) -> Path:  # a folder for `coco_instances`
     "Scenes of digits on disk in COCO's layout, rendered if they are not there yet"
     home = Path(data_dir() if home is None else home)
-    root = home/f"scenes_coco-{fingerprint('scenes 1', n_train, n_valid, seed, sorted((k, repr(v)) for k, v in options.items()))[:8]}"
+    given = sorted((k, repr(v)) for k, v in options.items())
+    root = home/f"scenes_coco-{fingerprint('scenes 1', n_train, n_valid, seed, given)[:8]}"
     if root.is_dir(): return root
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home, prefix='.partial-') as folder:
@@ -353,7 +361,7 @@ def average_precision(
     dataset: CocoFolder,  # the truth
     results: list,  # see `as_results`
     kinds=None,  # 'box', 'mask' or both; None: both, or the boxes of a set without masks
-) -> tuple:  # scores in %, 'AP_box' to 'APl_mask', None where there is nothing to find; curves, DataFrame kind, iou, recall, precision
+) -> tuple:  # scores in %, 'AP_box' to 'APl_mask', None for nothing to find; curves: kind, iou, recall, precision
     "How good predictions are, as on COCO"
     ids = {entry['id'] for entry, _ in dataset.entries}
     strange = sorted({r['image_id'] for r in results} - ids)

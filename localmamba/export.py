@@ -317,7 +317,8 @@ def to_onnx(
     "Save a model as ONNX; raises `ValueError` for training mode or another dtype, `ImportError` without onnxscript."
     _onnx()
     path, dtypes = written_to(path, '.onnx'), sorted({str(p.dtype) for p in model.parameters()})
-    if dtypes != ['torch.float32']: raise ValueError(f"model: got {', '.join(dtypes)}; allowed: torch.float32, model.float()")
+    if dtypes != ['torch.float32']:
+        raise ValueError(f"model: got {', '.join(dtypes)}; allowed: torch.float32, model.float()")
     program = traced(model, example_for(model, img_size) if example is None else example, dynamic_batch)
     outputs = len(program.graph_signature.user_outputs)
     with frozen(model):

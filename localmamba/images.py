@@ -193,14 +193,16 @@ def eight_bits(
         tops = (65535,) if kind != 'F' and (kind != 'I' or image.format
                                             in ('PNG', 'PPM')) else (1, 255) if kind == 'F' else (255, 65535)
         if low < 0 or high > tops[-1]:
-            raise UnfitImage(f'image {path}: got grey values from {low:g} to {high:g}; allowed: 0 to {" or 0 to ".join(map(str, tops))}')
+            raise UnfitImage(f'image {path}: got grey values from {low:g} to {high:g}; '
+                             f'allowed: 0 to {" or 0 to ".join(map(str, tops))}')
         image = Image.fromarray(np.rint(values * (255 / next(top for top in tops if high <= top))).astype(np.uint8))
     try:
         if mode != 'RGBA' and image.has_transparency_data:
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
         return image.convert(mode)
     except ValueError as e:
-        raise UnfitImage(f'image {path}: got colours of the kind {image.mode}; allowed: what Pillow converts to {mode} ({e})') from e
+        raise UnfitImage(f'image {path}: got colours of the kind {image.mode}; '
+                         f'allowed: what Pillow converts to {mode} ({e})') from e
 
 def open_image(
     path,  # of the file
@@ -283,7 +285,8 @@ def say_left_out(
     left_out: Counter,  # reasons
 ):
     "One line about files left out, once a process."
-    line = f'{where}: {sum(left_out.values())} files left out: ' + ', '.join(f'{n} {why}' for why, n in sorted(left_out.items()))
+    reasons = ', '.join(f'{n} {why}' for why, n in sorted(left_out.items()))
+    line = f'{where}: {sum(left_out.values())} files left out: {reasons}'
     if left_out and line not in SAID: print(line)
     SAID.add(line)
 

@@ -153,7 +153,8 @@ class MemoryLoader:
         self.augment, self.parts, self.seed, self.epoch = augment, parse_augment(augment), seed, 0
         self.rank, self.world, self.side = 0, 1, side
         if side is not None and not (isinstance(side, int) and 1 <= side <= min(dataset.images.shape[1:3])):
-            raise ValueError(f'side: got {side!r}; allowed: 1 to {min(dataset.images.shape[1:3])}, the side of the images')
+            most = min(dataset.images.shape[1:3])
+            raise ValueError(f'side: got {side!r}; allowed: 1 to {most}, the side of the images')
         self.stats = channel_stats(dataset) if stats is None else stats
         self.data = torch.from_numpy(dataset.images).permute(0, 3, 1, 2).contiguous()
         self.target = torch.from_numpy(dataset.labels)

@@ -89,7 +89,8 @@ def same_classes(
     "Refuse two splits whose classes differ, naming some"
     if train.classes != valid.classes:
         odd = sorted(set(train.classes) ^ set(valid.classes)) or ['the order']
-        raise ValueError(f'{train.name} and {valid.name} must have the same classes; only in one of them: {", ".join(odd[:10])}\n{PHOTO_LAYOUT}')
+        raise ValueError(f'{train.name} and {valid.name} must have the same classes; '
+                         f'only in one of them: {", ".join(odd[:10])}\n{PHOTO_LAYOUT}')
 
 # %% ../nbs/lib/25_photos.ipynb #8c8f66b2
 def train_transform(

@@ -42,7 +42,7 @@ def fitted(
 def normalised(
     image: np.ndarray,  # (H, W, C) uint8
 ) -> Tensor:  # (C, H, W) fp32
-    "An image as the backbones of this package want it; of other channels than three, each by the mean of ImageNet's three."
+    "An image as the backbones want it; of other channels than three, each by the mean of ImageNet's three."
     mean, std = (MEAN, STD) if image.shape[-1] == 3 else (MEAN.mean(), STD.mean())
     return torch.from_numpy(np.ascontiguousarray(((np.asarray(image, np.float32) - mean) / std).transpose(2, 0, 1)))
 
@@ -65,7 +65,7 @@ class Passes:
     "Every image once a pass, in another order each time; whole batches only."
     training = True
     def __init__(self,
-        repeats: int = 1,  # how often an image comes in a pass, each time differently; a pass is as long as ever and sees fewer images
+        repeats: int = 1,  # times an image comes in a pass, each time differently; the pass keeps its length
     ): self.repeats = repeats
     def length(self, loader): return loader.n // loader.bs
     def batches(self, loader, epoch):
@@ -117,7 +117,8 @@ class BySize:
 class Samples(torch.utils.data.Dataset):
     "What a process that reads does: (pass, position, image) to a sample and, if one was left out, its path."
     def __init__(self, dataset, transform, draw, seed, skip_corrupt):
-        self.dataset, self.transform, self.draw, self.seed, self.skip_corrupt = dataset, transform, draw, seed, skip_corrupt
+        self.dataset, self.transform, self.draw = dataset, transform, draw
+        self.seed, self.skip_corrupt = seed, skip_corrupt
     def __getitem__(self, key):
         epoch, position, i = key
         for step in range(len(self.dataset)):
@@ -181,7 +182,8 @@ class StreamLoader:
         return self
     def check_share(self):
         if self.draw.training and self.bs % self.world:
-            raise ValueError(f'bs: got {self.bs}; allowed: multiples of {self.world}, that the {self.world} processes can share')
+            raise ValueError(f'bs: got {self.bs}; allowed: multiples of {self.world}, '
+                             f'that the {self.world} processes can share')
 
 # %% ../nbs/lib/24_stream.ipynb #5296455a
 @patch

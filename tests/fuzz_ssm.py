@@ -1,6 +1,6 @@
 """Random scans, convolutions and merges whose inputs and outputs end (or begin) at a page that nobody may touch.
 
-python tests/fuzz_ssm.py SECONDS [LANES] [SEED]: a fault ends the process, a wrong number raises with the case's seed."""
+python tests/fuzz_ssm.py SECONDS [LANES] [SEED]: a fault ends the process, a wrong number raises, with the seed."""
 
 import ctypes
 import mmap

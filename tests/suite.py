@@ -31,8 +31,8 @@ class Progress:
         passed = time.time() - self.start
         pace = passed / self.done if self.done else 1 / self.workers
         left = pace * (sum(self.expected.values()) - self.done)
-        left = f'about {left // 60:.0f}:{left % 60:02.0f} left'
-        print(f'{len(self.took):3d}/{len(self.expected)}  {part}  {seconds:.0f} s · {left}', flush=True)
+        rest = f'about {left // 60:.0f}:{left % 60:02.0f} left'
+        print(f'{len(self.took):3d}/{len(self.expected)}  {part}  {seconds:.0f} s · {rest}', flush=True)
 
 
 def notebooks(progress):

@@ -1,4 +1,4 @@
-"What the data notebooks cannot show: a killed writer, damaged caches, archives, downloads, read-only folders, Learners."
+"What the data notebooks cannot show: a killed writer, damaged caches, archives, downloads, read-only folders, fastai."
 import hashlib, os, signal, subprocess, sys, tarfile, warnings
 from urllib.error import URLError
 import numpy as np

@@ -636,7 +636,8 @@ def test_order_is_checked_again_after_a_change():
 def test_along_order_with_padding_needs_tokens():
     inputs, order = make(along=True, without=('z',))
     inputs = {n: x if x is None else x.float() for n, x in inputs.items()}
-    with pytest.raises(ValueError, match='tokens: got 14; allowed: 11, as many as order visits'): directional_scan(order=order, along_order=True, **inputs)
+    with pytest.raises(ValueError, match='tokens: got 14; allowed: 11, as many as order visits'):
+        directional_scan(order=order, along_order=True, **inputs)
     assert directional_scan(order=order, along_order=True, tokens=11, **inputs).shape == (2, 2, 11, 19)
 
 

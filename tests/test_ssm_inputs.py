@@ -1,4 +1,4 @@
-"What the operators do with odd inputs: wrong tokens, changed orders, empty tensors, transforms of torch.func, other threads."
+"What the operators do with odd inputs: wrong tokens, changed orders, empty tensors, torch.func, other threads."
 
 import copy
 import io

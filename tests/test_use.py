@@ -24,7 +24,8 @@ def test_a_pt2_file_runs_without_this_package(tmp_path):
     model, images = timm.create_model('test_local_vim', depth=1).eval(), torch.randn(3, 3, 32, 32)
     torch.save(images, tmp_path/'x')
     program = to_pt2(model, tmp_path/'model.pt2')
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', ALONE, program, tmp_path/'x', tmp_path/'y'], check=True, cwd=tmp_path)
+    command = [sys.executable, '-W', 'ignore', '-c', ALONE, program, tmp_path/'x', tmp_path/'y']
+    subprocess.run(command, check=True, cwd=tmp_path)
     with torch.no_grad(): assert_close(torch.load(tmp_path/'y'), model(images), rtol=1e-4, atol=1e-5)
 
 
@@ -54,7 +55,8 @@ def test_padded_batches_equal_their_samples():
     torch.manual_seed(0)
     K, T, D, N, lengths = 2, 9, 8, 4, (5, 9, 3)
     both = lambda n: torch.stack([torch.arange(n), torch.arange(n).flip(0)])
-    u, delta, A, (B, C) = torch.randn(3, T, D), torch.randn(3, K, T, D), -torch.rand(K, D, N), torch.randn(2, 3, K, T, N)
+    u, delta, A = torch.randn(3, T, D), torch.randn(3, K, T, D), -torch.rand(K, D, N)
+    B, C = torch.randn(2, 3, K, T, N)
     real = torch.arange(T) < torch.tensor(lengths)[:, None]
     y = directional_scan(u, delta.masked_fill(~real[:, None, :, None], -1e4), A, B, C, both(T))
     for i, n in enumerate(lengths):
@@ -64,5 +66,6 @@ def test_padded_batches_equal_their_samples():
 
 def test_an_encoder_of_segmentation_models_pytorch():
     smp = pytest.importorskip('segmentation_models_pytorch')
-    model = smp.Unet('tu-test_local_vmamba', encoder_weights=None, in_channels=1, encoder_depth=2, decoder_channels=(16, 8))
+    model = smp.Unet('tu-test_local_vmamba', encoder_weights=None, in_channels=1, encoder_depth=2,
+                     decoder_channels=(16, 8))
     assert model(torch.randn(2, 1, 64, 48)).shape == (2, 1, 64, 48)

@@ -68,7 +68,7 @@ def _draw_instance(ax, colour, mask, box, text):
 
 def plot_instances(
     images,  # (H, W, 3) uint8, one a column
-    rows: dict,  # name of a row -> a dict an image: boxes (n, 4), labels (n,) from 1, masks (n, H, W); predictions: scores (n,)
+    rows: dict,  # name -> a dict an image: boxes (n, 4), labels (n,) from 1, masks (n, H, W), predictions also scores
     classes,  # names
     least: float = .5,  # predictions with a lower score are not drawn
     panel: float = 2.3,  # width of a panel, inches

@@ -327,7 +327,8 @@ def receptive_field(
             raise ValueError(f'features: gave shape {tuple(maps.shape)}; allowed: maps (B, channels, h, w)')
         centre = maps[..., maps.shape[-2] // 2, maps.shape[-1] // 2]
         total += torch.autograd.grad(centre.sum(), part)[0].abs().sum((0, 1)).double().cpu().numpy()
-    if not total.sum() > 0: raise ValueError('features: got a map whose centre depends on no pixel; allowed: one that does')
+    if not total.sum() > 0:
+        raise ValueError('features: got a map whose centre depends on no pixel; allowed: one that does')
     return total / total.sum()
 
 def field_area(

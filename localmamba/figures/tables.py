@@ -88,7 +88,8 @@ def write_blocks(
     text = path.read_text(encoding='utf-8')
     for name, table in blocks.items():
         found = re.search(rf'(<!-- {re.escape(name)} -->\n)(.*?)(<!-- end -->)', text, re.S)
-        if not found: raise ValueError(f'blocks: got {name}, which has no <!-- {name} --> … <!-- end --> in {path.name}')
+        if not found:
+            raise ValueError(f'blocks: got {name}, which has no <!-- {name} --> … <!-- end --> in {path.name}')
         new = table.markdown() + ('' if table.note else '\n')
         if new != found[2]: text, changed = text[:found.start(2)] + new + text[found.end(2):], changed + [name]
     if changed:

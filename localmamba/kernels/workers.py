@@ -138,7 +138,7 @@ _SIGNATURE = types.void(types.CPointer(types.int64))
 @lru_cache
 def _sources() -> str:
     "A short hash of what the kernels are made of."
-    files = sorted(Path(inspect.getfile(inlined)).parent.glob('[cvfw]*.py'))   # all but the GPU's; none in a zip archive
+    files = sorted(Path(inspect.getfile(inlined)).parent.glob('[cvfw]*.py'))   # all but the GPU's; none in an archive
     return hashlib.sha256(b''.join(f.read_bytes() for f in files) + bytes([WIDTH])).hexdigest()[:8]
 
 # %% ../../nbs/lib/05_workers.ipynb #25ad36d1
