@@ -201,4 +201,4 @@ def main(
     print(json.dumps(dict(rows=rows + (mamba_rows(Path(source), Path(folder), gpu) if source else []),
                           kernels=kernels)))
 
-if __name__ == '__main__': main(*sys.argv[1:])
+if __name__ == '__main__' and sys.argv[0].endswith('paper.py'): main(*sys.argv[1:])
