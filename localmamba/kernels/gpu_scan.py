@@ -336,7 +336,6 @@ def _scan_backward(x, saved, dy, dlast, grads, sizes, SOFTPLUS: tl.constexpr, AL
         for again in range((start - first) // CHUNK):
             h = _advance(x, b, k, h, rate, first + again * CHUNK, length, d, mine, n, real, SOFTPLUS, ALONG, CONST_B,
                          CHUNK)
-
         inside, token, row, here = _rows(x.order, k, start + i, length, ALONG)
         raw, dt = _step_size(x, b, k, row, here, inside, d, mine, SOFTPLUS)
         u, seen = read(x.u, b, k, row, d, here & mine), (token >= 0) & mine
@@ -352,7 +351,6 @@ def _scan_backward(x, saved, dy, dlast, grads, sizes, SOFTPLUS: tl.constexpr, AL
                 out = _put_row(out, i, s, tl.sum(h * C, 0))
             sum_C = _collect(sum_C, grads.C, b, k, block * sizes.rows + row_s, n, _row(grad, i, s) * h, here_s & real,
                              CONST_C)
-
         # A is read anew: the compiler would else keep every decay of the chunk in registers, more than there are
         rate = read(x.A, b, k, n, d, held)
         for s in tl.static_range(CHUNK - 1, -1, -1):
@@ -367,7 +365,6 @@ def _scan_backward(x, saved, dy, dlast, grads, sizes, SOFTPLUS: tl.constexpr, AL
             sum_gA = _put_row(sum_gA, i, s, tl.sum(kept * rate, 0))
             sum_B = _collect(sum_B, grads.B, b, k, block * sizes.rows + row_s, n, _row(dt * u, i, s) * g,
                              here_s & real, CONST_B)
-
         ddt, skip = u * sum_gB + sum_gA * _LN2, by_channel(x.D, k, d, mine)  # A is in base 2
         if SOFTPLUS: ddt *= tl.sigmoid(raw)
         sum_D += tl.sum(grad * u, 0)[None, :]
