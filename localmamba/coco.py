@@ -130,6 +130,7 @@ def segmentation_problem(a, size, far):
     a['segmentation'] = [p for p in given if len(p) >= 6]
     return '' if a['segmentation'] else 'polygons of three points or more'
 
+# %% ../nbs/lib/26_coco.ipynb #92194b55
 def unpacked(
     text: str,  # compressed run lengths
 ) -> list:  # of whole numbers
