@@ -70,12 +70,12 @@ def label_image(path):
                      'allowed: one channel of class numbers, 8-bit, 16-bit or with a palette')
 
 def read_labels(
-    path, # of a label map
-    n_classes: int, # so many classes
-    numbers: tuple = None, # which number stands for each class; None: 1 to n_classes
-    ignored: tuple = (0,), # numbers that count nowhere
-    turn: Image.Transpose = None, # done to it, where its picture was turned
-) -> np.ndarray: # (H, W) uint8: 0 to n_classes - 1, or `IGNORE`
+    path,  # of a label map
+    n_classes: int,  # so many classes
+    numbers: tuple = None,  # which number stands for each class; None: 1 to n_classes
+    ignored: tuple = (0,),  # numbers that count nowhere
+    turn: Image.Transpose = None,  # done to it, where its picture was turned
+) -> np.ndarray:  # (H, W) uint8: 0 to n_classes - 1, or `IGNORE`
     "The label map of a file; raises `ValueError` for colours and for numbers that are no class."
     image, numbers = label_image(path), tuple(numbers or range(1, n_classes + 1))
     held = np.asarray(image if turn is None else image.transpose(turn)).astype(np.int64)
@@ -126,17 +126,17 @@ def by_stem(folder, suffixes, name):
 
 # %% ../nbs/lib/27_ade20k.ipynb #380c9438
 class LabelledFolder:
-    "Images and label maps on disk, read one at a time"
+    "Images and label maps on disk, read one at a time."
     def __init__(self,
-        images, # folder of pictures
-        annotations, # folder of label maps of the same names
-        classes, # names of the classes, in label order
-        colours=None, # (r, g, b) of each; None: evenly around the colour circle
-        name: str = 'images', # shown in messages
-        layout: str = ADE20K_LAYOUT, # shown in messages
+        images,  # folder of pictures
+        annotations,  # folder of label maps of the same names
+        classes,  # names of the classes, in label order
+        colours=None,  # (r, g, b) of each; None: evenly around the colour circle
+        name: str = 'images',  # shown in messages
+        layout: str = ADE20K_LAYOUT,  # shown in messages
         *,
-        numbers: tuple = None, # which number stands for each class; None: from 1
-        ignored: tuple = (0,), # numbers that count nowhere
+        numbers: tuple = None,  # which number stands for each class; None: from 1
+        ignored: tuple = (0,),  # numbers that count nowhere
     ):
         self.classes, self.name, self.layout = tuple(classes), name, layout
         self.numbers, self.ignored = numbers, tuple(ignored)
@@ -165,7 +165,7 @@ def _colour_circle(n):
 
 @patch
 def __getitem__(self: LabelledFolder, i):
-    "Image (H, W, 3) uint8 and labels (H, W) uint8"
+    "Image (H, W, 3) uint8 and labels (H, W) uint8."
     file, annotation = self.files[i]
     picture = open_image(file)
     image, turn = np.asarray(picture), TURNS.get(picture.info['orientation'])
@@ -180,19 +180,19 @@ def __getitem__(self: LabelledFolder, i):
 
 @patch
 def size(self: LabelledFolder, i):
-    "Height and width of an image, without decoding it"
+    "Height and width of an image, without decoding it."
     return image_size(self.files[i][0])
 
 @patch
 def take(self: LabelledFolder, indices):
-    "The images at `indices`, in that order"
+    "The images at `indices`, in that order."
     part = copy.copy(self)
     part.files = [self.files[i] for i in indices]
     return part
 
 @patch
 def readable(self: LabelledFolder):
-    "The images that can be decoded, and so can their label maps; what is left out is counted and the first path shown"
+    "The images that can be decoded, and so can their label maps; what is left out is counted and the first path shown."
     def fails(pair):
         try:
             for file in pair: open_image(file, None)
@@ -203,10 +203,10 @@ def readable(self: LabelledFolder):
 
 # %% ../nbs/lib/27_ade20k.ipynb #4837346b
 def numbers_seen(
-    maps: list, # paths of label maps
-    wanted: set, # stop when all of these have been seen
-    least: int = 0, # of them; 0: all
-) -> dict: # number: the first file that holds it
+    maps: list,  # paths of label maps
+    wanted: set,  # stop when all of these have been seen
+    least: int = 0,  # of them; 0: all
+) -> dict:  # number: the first file that holds it
     "The numbers in label maps, looked at in a random order."
     seen = {}
     if len(maps) > 2000:
@@ -221,10 +221,10 @@ def numbers_seen(
 BACKGROUNDS = ('background', 'bg', '_background_', 'back', 'other', 'others', 'none', 'void', 'rest', 'hintergrund')
 
 def chosen_numbers(
-    classes: tuple, # their names
-    seen: set, # numbers that the training maps hold, the ignored ones left out
-    label_zero: str = None, # 'class' or 'ignored'; None: what the maps say
-) -> tuple: # the number of each class; whether 0 is ignored
+    classes: tuple,  # their names
+    seen: set,  # numbers that the training maps hold, the ignored ones left out
+    label_zero: str = None,  # 'class' or 'ignored'; None: what the maps say
+) -> tuple:  # the number of each class; whether 0 is ignored
     "Whether classes are counted from 0 or from 1; raises `ValueError` where both may be meant."
     n, first = len(classes), classes[0].strip().lower() in BACKGROUNDS
     from_zero, from_one = (tuple(range(n)), False), (tuple(range(1, n + 1)), True)
@@ -242,13 +242,13 @@ def chosen_numbers(
 _LOOKED = {} # what was found in label maps, in this process
 
 def own_numbers(
-    maps: list, # paths of the training label maps
-    classes: tuple, # their names
-    numbers: tuple = None, # of classes.json
-    label_zero: str = None, # see `chosen_numbers`
-    ignored: tuple = (), # numbers that count nowhere
-    known: bool = False, # ADE20K itself: two classes in its maps are enough
-) -> dict: # `numbers` and `ignored` of `LabelledFolder`
+    maps: list,  # paths of the training label maps
+    classes: tuple,  # their names
+    numbers: tuple = None,  # of classes.json
+    label_zero: str = None,  # see `chosen_numbers`
+    ignored: tuple = (),  # numbers that count nowhere
+    known: bool = False,  # ADE20K itself: two classes in its maps are enough
+) -> dict:  # `numbers` and `ignored` of `LabelledFolder`
     "The classes' numbers; warns of those that no training map holds, raises `ValueError` if there is but one."
     if label_zero not in (None, 'class', 'ignored'):
         raise ValueError(f"label_zero: got {label_zero!r}; allowed: 'class', 'ignored' or None")
@@ -291,9 +291,9 @@ def _files_as(maps): return [(str(m), (about := m.stat()).st_size, about.st_mtim
 
 # %% ../nbs/lib/27_ade20k.ipynb #87d20629
 def read_classes(
-    path, # of a classes.json
-    layout: str, # shown in messages
-) -> list: # of its entries
+    path,  # of a classes.json
+    layout: str,  # shown in messages
+) -> list:  # of its entries
     "The classes of a data set, checked; raises `ValueError` that names the entry."
     def wrong(where, key, value, allowed):
         return ValueError(f'{path}{where}: {key}: got {str(value)[:60]!r}; allowed: {allowed}\n{layout}')
@@ -322,10 +322,10 @@ def read_classes(
 
 # %% ../nbs/lib/27_ade20k.ipynb #8000fcf4
 def ade20k(
-    path, # folder `ADEChallengeData2016`, or the one that holds it
-    split: str = 'training', # or 'validation'
+    path,  # folder `ADEChallengeData2016`, or the one that holds it
+    split: str = 'training',  # or 'validation'
     label_zero: str = None,  # 'class': 0 is the first class; 'ignored': unlabelled; None: as ADE20K or as the maps say
-    ignored: tuple = (), # more numbers that count nowhere
+    ignored: tuple = (),  # more numbers that count nowhere
 ) -> LabelledFolder:
     "ADE20K's scene parsing data, or any data in its layout."
     if split not in SPLIT_NAMES: raise ValueError(f'split: got {split!r}; allowed: {", ".join(SPLIT_NAMES)}')
@@ -356,9 +356,9 @@ COCO_SEMANTIC_LAYOUT = '''expected layout:
     semantic/classes.json       [{"id": 1, "name": ...}, ...], ids from 1 without gaps; 0 is unlabelled'''
 
 def coco_semantic(
-    path, # folder with COCO's images and their semantic maps
-    split: str = 'training', # or 'validation'
-    ignored: tuple = (), # more numbers that count nowhere
+    path,  # folder with COCO's images and their semantic maps
+    split: str = 'training',  # or 'validation'
+    ignored: tuple = (),  # more numbers that count nowhere
 ) -> LabelledFolder:
     "COCO's images with one class number a pixel."
     if split not in SPLIT_NAMES: raise ValueError(f'split: got {split!r}; allowed: {", ".join(SPLIT_NAMES)}')
@@ -383,14 +383,14 @@ SCENE_COLOURS = tuple(tuple(bytes.fromhex(c)) for c
                       in 'e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 999999 882255 44aa99 ddddcc 332288'.split())
 
 def ade20k_scenes(
-    n_train: int = 400, # training scenes
-    n_valid: int = 100, # validation scenes
-    home=None, # the folder is made in here; None: `data_dir()`
-    seed: int = 0, # see `scenes`
-    kinds: tuple = tuple(range(10)), # see `scenes`; these digits and the two photographs are the classes
-    **options, # size, n_digits, digit_size and contrast of `scenes`
-) -> Path: # a folder for `ade20k`
-    "Scenes of digits on disk in ADE20K's layout, rendered if they are not there yet"
+    n_train: int = 400,  # training scenes
+    n_valid: int = 100,  # validation scenes
+    home=None,  # the folder is made in here; None: `data_dir()`
+    seed: int = 0,  # see `scenes`
+    kinds: tuple = tuple(range(10)),  # see `scenes`; these digits and the two photographs are the classes
+    **options,  # size, n_digits, digit_size and contrast of `scenes`
+) -> Path:  # a folder for `ade20k`
+    "Scenes of digits on disk in ADE20K's layout, rendered if they are not there yet."
     home = Path(data_dir() if home is None else home)
     number = {what: i + 1 for i, what in enumerate([*kinds, 10, 11])} # of each class: a digit, or 10 and a photograph
     key = fingerprint('scenes 2', tuple(kinds), n_train, n_valid, seed,

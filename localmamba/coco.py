@@ -130,6 +130,7 @@ def segmentation_problem(a, size, far):
     a['segmentation'] = [p for p in given if len(p) >= 6]
     return '' if a['segmentation'] else 'polygons of three points or more'
 
+# %% ../nbs/lib/26_coco.ipynb #92194b55
 def unpacked(
     text: str,  # compressed run lengths
 ) -> list:  # of whole numbers
@@ -162,7 +163,7 @@ def mask_of(
 
 # %% ../nbs/lib/26_coco.ipynb #e3adf663
 class CocoFolder:
-    "Images on disk and the instances in them, read one at a time"
+    "Images on disk and the instances in them, read one at a time."
     def __init__(self,
         images,  # folder of images
         annotations,  # .json
@@ -212,7 +213,7 @@ class CocoFolder:
 # %% ../nbs/lib/26_coco.ipynb #3731ad0e
 @patch
 def size(self: CocoFolder, i):
-    "Height and width of an image, as the annotations have it"
+    "Height and width of an image, as the annotations have it."
     return self.entries[i][0]['height'], self.entries[i][0]['width']
 
 @patch
@@ -239,19 +240,19 @@ def __getitem__(self: CocoFolder, i):
 
 @patch
 def take(self: CocoFolder, indices):
-    "The images at `indices`, in that order"
+    "The images at `indices`, in that order."
     part = copy.copy(self)
     part.entries = [self.entries[i] for i in indices]
     return part
 
 @patch
 def with_instances(self: CocoFolder):
-    "The images with at least one instance that is no crowd"
+    "The images with at least one instance that is no crowd."
     return self.take(i for i, (_, instances) in enumerate(self.entries) if any(not a.get('iscrowd') for a in instances))
 
 @patch
 def readable(self: CocoFolder):
-    "The images that can be decoded; what is left out is counted and the first path shown"
+    "The images that can be decoded; what is left out is counted and the first path shown."
     failed = {}
     for i, (entry, _) in enumerate(self.entries):
         try: open_image(self.folder/entry['file_name'])
@@ -280,7 +281,7 @@ def instance(
     image_id: int,
     category_id: int,
 ) -> dict:  # an entry of "annotations"
-    "A mask as COCO writes it"
+    "A mask as COCO writes it."
     runs = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {'id': number, 'image_id': image_id, 'category_id': category_id, 'iscrowd': 0, 'area': float(mask.sum()),
             'bbox': [float(v) for v in rle.toBbox(runs)],
@@ -295,7 +296,7 @@ def coco_scenes(
     seed: int = 0,  # see `scenes`
     **options,  # size, n_digits, digit_size and contrast of `scenes`
 ) -> Path:  # a folder for `coco_instances`
-    "Scenes of digits on disk in COCO's layout, rendered if they are not there yet"
+    "Scenes of digits on disk in COCO's layout, rendered if they are not there yet."
     home = Path(data_dir() if home is None else home)
     given = sorted((k, repr(v)) for k, v in options.items())
     root = home/f"scenes_coco-{fingerprint('scenes 1', n_train, n_valid, seed, given)[:8]}"
@@ -330,7 +331,7 @@ def as_results(
     masks,  # (n, H, W) bool or uint8; None: boxes alone
     category_ids,  # of label 1, 2, ...
 ) -> list:  # of dicts, JSON values only
-    "What was found in an image as COCO's results"
+    "What was found in an image as COCO's results."
     found, boxes = [], np.asarray(boxes, float)
     for i, (box, label, score) in enumerate(zip(boxes, np.asarray(labels), np.asarray(scores, float))):
         found.append({'image_id': int(image_id), 'category_id': category_ids[int(label) - 1],
@@ -362,7 +363,7 @@ def average_precision(
     results: list,  # see `as_results`
     kinds=None,  # 'box', 'mask' or both; None: both, or the boxes of a set without masks
 ) -> tuple:  # scores in %, 'AP_box' to 'APl_mask', None for nothing to find; curves: kind, iou, recall, precision
-    "How good predictions are, as on COCO"
+    "How good predictions are, as on COCO."
     ids = {entry['id'] for entry, _ in dataset.entries}
     strange = sorted({r['image_id'] for r in results} - ids)
     if strange: raise ValueError(f'results: images {strange[:5]} are not in {dataset.name}')
@@ -390,7 +391,7 @@ def average_precision(
 
 # %% ../nbs/lib/26_coco.ipynb #bb21ba95
 def _ground_truth(dataset):
-    "Annotations with everything the evaluator asks for"
+    "Annotations with everything the evaluator asks for."
     def whole(a, entry):
         runs = mask_of(a, (entry['height'], entry['width'])) if dataset.masks else None
         area = a.get('area') or (rle.area(runs) if runs else a['bbox'][2] * a['bbox'][3])
@@ -400,7 +401,7 @@ def _ground_truth(dataset):
     return [whole(a, entry) for entry, instances in dataset.entries for a in instances]
 
 def _curves(judge, kind):
-    "Precision at 101 recalls, mean over the classes that are there"
+    "Precision at 101 recalls, mean over the classes that are there."
     precision = judge.eval['precision'][:, :, :, 0, -1]
     present = precision[0, 0] > -1
     if not present.any(): return []

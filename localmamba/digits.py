@@ -15,11 +15,11 @@ from .images import ImageSet, show_images
 
 # %% ../nbs/lib/22_digits.ipynb #636bff83
 def split_digits(
-    labels: np.ndarray, # (N,) class of each digit
-    valid_fraction: float, # share of each class that goes to validation
-    rng: np.random.Generator, # decides which
-) -> tuple: # indices for training, indices for validation
-    "Two disjoint lists of digits with the same share of each class"
+    labels: np.ndarray,  # (N,) class of each digit
+    valid_fraction: float,  # share of each class that goes to validation
+    rng: np.random.Generator,  # decides which
+) -> tuple:  # indices for training, indices for validation
+    "Two disjoint lists of digits with the same share of each class."
     valid = []
     for c in np.unique(labels):
         of_class = rng.permutation(np.flatnonzero(labels == c))
@@ -31,11 +31,11 @@ def split_digits(
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 def legible_colour(
-    background: np.ndarray, # (3,) mean colour behind the digit, 0 to 1
-    contrast: float, # least difference in luma, below 0.5
-    rng: np.random.Generator, # draws the colour
-) -> np.ndarray: # (3,) colour, 0 to 1
-    "A random colour whose luma is at least `contrast` away from the background's"
+    background: np.ndarray,  # (3,) mean colour behind the digit, 0 to 1
+    contrast: float,  # least difference in luma, below 0.5
+    rng: np.random.Generator,  # draws the colour
+) -> np.ndarray:  # (3,) colour, 0 to 1
+    "A random colour whose luma is at least `contrast` away from the background's."
     behind, colour = float(background @ LUMA), rng.random(3, dtype=np.float32)
     below, above = max(behind - contrast, 0), max(1 - behind - contrast, 0)
     t = rng.uniform(0, below + above)
@@ -45,13 +45,13 @@ def legible_colour(
 
 # %% ../nbs/lib/22_digits.ipynb #f1f05811
 def draw_digit(
-    scene: np.ndarray, # (size, size, 3) background, 0 to 1; painted on
-    digit: np.ndarray, # (8, 8) strokes, 0 to 1
-    digit_size: tuple, # smallest and largest height, in parts of the image
-    contrast: float, # least difference in luma between stroke and background
-    rng: np.random.Generator, # draws size, place and colour
-) -> tuple: # top, left, height, width in pixels
-    "Paint one digit at random size, place and colour"
+    scene: np.ndarray,  # (size, size, 3) background, 0 to 1; painted on
+    digit: np.ndarray,  # (8, 8) strokes, 0 to 1
+    digit_size: tuple,  # smallest and largest height, in parts of the image
+    contrast: float,  # least difference in luma between stroke and background
+    rng: np.random.Generator,  # draws size, place and colour
+) -> tuple:  # top, left, height, width in pixels
+    "Paint one digit at random size, place and colour."
     size = len(scene)
     height = max(2, round(size * rng.uniform(*digit_size)))
     width = min(size, max(2, round(height * rng.uniform(0.8, 1.1))))
@@ -68,12 +68,12 @@ TRAIN_STRIPS, VALID_STRIPS = ((0, 128), (208, 336), (416, 544)), ((128, 208), (3
 MAX_CROP = 80 # pixels; the narrowest strip
 
 def crop_photo(
-    photo: Image.Image, # a photograph
-    strips: tuple, # (first, last) columns of the parts that may be used, last exclusive
-    size: int, # side of the result, pixels
-    rng: np.random.Generator, # draws the square
-) -> tuple: # (size, size, 3) float32 from 0 to 1, and (top, left, side) in pixels of the photograph
-    "A random square inside one strip of a photograph, resized"
+    photo: Image.Image,  # a photograph
+    strips: tuple,  # (first, last) columns of the parts that may be used, last exclusive
+    size: int,  # side of the result, pixels
+    rng: np.random.Generator,  # draws the square
+) -> tuple:  # (size, size, 3) float32 from 0 to 1, and (top, left, side) in pixels of the photograph
+    "A random square inside one strip of a photograph, resized."
     first, last = strips[rng.integers(len(strips))]
     largest = min(4 * size, MAX_CROP)
     side = int(rng.integers(min(size, largest // 2), largest + 1))
@@ -112,15 +112,15 @@ def _check_scenes(size, n_train, n_valid, valid_fraction, digit_size, contrast):
 
 # %% ../nbs/lib/22_digits.ipynb #ab336f8b
 def digit_scenes(
-    size: int = 32, # side of the images, pixels
-    n_train: int = 6000, # training scenes; a digit may be in several
-    n_valid: int = 1000, # validation scenes
-    seed: int = 0, # decides the split, the crops and everything else
-    valid_fraction: float = 0.2, # share of the 1797 digits kept for validation
-    digit_size: tuple = (0.6, 0.9), # smallest and largest height of a digit, in parts of the image
-    contrast: float = 0.4, # least difference in luma between digit and background, 0 to 0.5
-) -> tuple: # training and validation `ImageSet`
-    "scikit-learn's handwritten digits on crops of its two photographs"
+    size: int = 32,  # side of the images, pixels
+    n_train: int = 6000,  # training scenes; a digit may be in several
+    n_valid: int = 1000,  # validation scenes
+    seed: int = 0,  # decides the split, the crops and everything else
+    valid_fraction: float = 0.2,  # share of the 1797 digits kept for validation
+    digit_size: tuple = (0.6, 0.9),  # smallest and largest height of a digit, in parts of the image
+    contrast: float = 0.4,  # least difference in luma between digit and background, 0 to 0.5
+) -> tuple:  # training and validation `ImageSet`
+    "scikit-learn's handwritten digits on crops of its two photographs."
     _check_scenes(size, n_train, n_valid, valid_fraction, digit_size, contrast)
     digits = load_digits()
     train, valid = split_digits(digits.target, valid_fraction, np.random.default_rng([seed, 0]))
@@ -133,7 +133,7 @@ def digit_scenes(
 # %% ../nbs/lib/22_digits.ipynb #274fe90a
 @dataclass(eq=False)
 class Scene:
-    "Digits on a photograph, and which pixels show them"
+    "Digits on a photograph, and which pixels show them."
     image: np.ndarray # (H, W, 3) uint8
     labels: np.ndarray # (n,) digits, 0 to 9, the last one in front
     masks: np.ndarray # (n, H, W) bool: what can be seen of each
@@ -142,7 +142,7 @@ class Scene:
 
 # %% ../nbs/lib/22_digits.ipynb #30eaed87
 def _opacity(digit, place, shape):
-    "The strokes of a digit at (top, left, height, width) of an image, 0 to 1"
+    "The strokes of a digit at (top, left, height, width) of an image, 0 to 1."
     top, left, height, width = place
     strokes = Image.fromarray((digit / 16).astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
     whole = np.zeros(shape, np.float32)
@@ -150,15 +150,15 @@ def _opacity(digit, place, shape):
     return whole
 
 def paint_scene(
-    photo: Image.Image, # what is behind
-    digits: np.ndarray, # (n, 8, 8) grey values from 0 to 16
-    strips: tuple, # (first, last) columns of the photograph that may be used
-    size: tuple, # height and width, pixels
-    digit_size: tuple, # smallest and largest height of a digit, in parts of the shorter side
-    contrast: float, # least difference in luma between a digit and what is under it
-    rng: np.random.Generator, # draws the crop, places, sizes and colours
-) -> tuple: # (H, W, 3) image from 0 to 1, (n, H, W) opacity of each digit
-    "Digits at random places of a random crop, each over the ones before it"
+    photo: Image.Image,  # what is behind
+    digits: np.ndarray,  # (n, 8, 8) grey values from 0 to 16
+    strips: tuple,  # (first, last) columns of the photograph that may be used
+    size: tuple,  # height and width, pixels
+    digit_size: tuple,  # smallest and largest height of a digit, in parts of the shorter side
+    contrast: float,  # least difference in luma between a digit and what is under it
+    rng: np.random.Generator,  # draws the crop, places, sizes and colours
+) -> tuple:  # (H, W, 3) image from 0 to 1, (n, H, W) opacity of each digit
+    "Digits at random places of a random crop, each over the ones before it."
     (h, w), side = size, max(size)
     square, _ = crop_photo(photo, strips, side, rng)
     top, left = (side - h) // 2, (side - w) // 2
@@ -174,16 +174,16 @@ def paint_scene(
 
 # %% ../nbs/lib/22_digits.ipynb #ed5d9967
 def scenes(
-    n: int, # how many
-    train: bool = True, # from the training digits and strips of the photographs, else from those of validation
-    size: tuple = (96, 128), # height and width, pixels
-    n_digits: tuple = (2, 4), # fewest and most digits
-    digit_size: tuple = (0.35, 0.6), # smallest and largest height of a digit, in parts of the shorter side
-    contrast: float = 0.4, # least difference in luma between a digit and what is under it, 0 to 0.5
-    kinds: tuple = tuple(range(10)), # which digits; fewer are learnt sooner
-    seed: int = 0, # decides everything; split as in `digit_scenes`
-): # yields `Scene`s
-    "Scenes of several digits, one after the other"
+    n: int,  # how many
+    train: bool = True,  # from the training digits and strips of the photographs, else from those of validation
+    size: tuple = (96, 128),  # height and width, pixels
+    n_digits: tuple = (2, 4),  # fewest and most digits
+    digit_size: tuple = (0.35, 0.6),  # smallest and largest height of a digit, in parts of the shorter side
+    contrast: float = 0.4,  # least difference in luma between a digit and what is under it, 0 to 0.5
+    kinds: tuple = tuple(range(10)),  # which digits; fewer are learnt sooner
+    seed: int = 0,  # decides everything; split as in `digit_scenes`
+):  # yields `Scene`s
+    "Scenes of several digits, one after the other."
     if min(size) < 32: raise ValueError(f'size: got {size}; allowed: two numbers of at least 32 pixels')
     if not 1 <= n_digits[0] <= n_digits[1]:
         raise ValueError(f'n_digits: got {n_digits}; allowed: 1 or more, the smaller number first')

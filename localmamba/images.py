@@ -25,7 +25,7 @@ from .files import whole_file
 # %% ../nbs/lib/21_images.ipynb #55d048c0
 @dataclass(eq=False)
 class ImageSet:
-    "Labelled images of one size, in memory"
+    "Labelled images of one size, in memory."
     images: np.ndarray # (N, H, W, C) uint8; C = 3 but for data of your own
     labels: np.ndarray # (N,) integers, indices into `classes`
     classes: tuple # names of the classes, in label order
@@ -51,26 +51,26 @@ class ImageSet:
         return f'{self.name}: {n} images of {h}x{w}, {len(self.classes)} classes'
     @property
     def loss_func(self): return CrossEntropyLossFlat() # what fastai's Learner uses unless told otherwise
-    def names(self, indices): # what to call some of the images in a message
+    def names(self, indices):  # what to call some of the images in a message
         files = self.sources.get('file')
         return [f'{self.name}: image {i}' if files is None else str(files[i]) for i in indices]
 
 # %% ../nbs/lib/21_images.ipynb #f573dda4
 def take(
-    images: ImageSet, # the set to choose from
-    indices, # which images, integers (n,)
-) -> ImageSet: # a set of n images
-    "The images at `indices`, in that order"
+    images: ImageSet,  # the set to choose from
+    indices,  # which images, integers (n,)
+) -> ImageSet:  # a set of n images
+    "The images at `indices`, in that order."
     i = np.asarray(indices)
     return ImageSet(images.images[i], images.labels[i], images.classes, images.name,
                     {k: v[i] for k, v in images.sources.items()}, images.skipped)
 
 def subset(
-    images: ImageSet, # the set to choose from
-    n: int, # how many images to keep, 1 to len(images)
-    seed: int = 0, # which ones
-) -> ImageSet: # n images, the classes as even as in `images` to within one image
-    "A random part of a set with the same share of each class"
+    images: ImageSet,  # the set to choose from
+    n: int,  # how many images to keep, 1 to len(images)
+    seed: int = 0,  # which ones
+) -> ImageSet:  # n images, the classes as even as in `images` to within one image
+    "A random part of a set with the same share of each class."
     if not 1 <= n <= len(images): raise ValueError(f'n: got {n}; allowed: 1 to {len(images)}, the size of the set')
     rng = np.random.default_rng([seed, n])
     shuffled = rng.permutation(len(images))
@@ -80,13 +80,13 @@ def subset(
 
 # %% ../nbs/lib/21_images.ipynb #ec691b73
 def show_images(
-    images, # `ImageSet`, or (N, H, W, 3) uint8
-    labels=None, # (N,) names written above; those of the set when it is an `ImageSet`
-    n: int = 16, # how many to show
-    columns: int = 8, # pictures a row
-    title: str = '', # of the whole figure
-): # matplotlib Figure
-    "The first `n` images in a grid"
+    images,  # `ImageSet`, or (N, H, W, 3) uint8
+    labels=None,  # (N,) names written above; those of the set when it is an `ImageSet`
+    n: int = 16,  # how many to show
+    columns: int = 8,  # pictures a row
+    title: str = '',  # of the whole figure
+):  # matplotlib Figure
+    "The first `n` images in a grid."
     if isinstance(images, ImageSet):
         images, labels = images.images, [images.classes[i] for i in images.labels[:n]]
     n, images = min(n, len(images)), images[..., :3] if images.shape[-1] != 2 else images[..., :1]
@@ -238,10 +238,10 @@ LAYOUT = '''expected layout (a folder, or a .tar, .tar.gz, .tgz, .tar.bz2 or .ta
 
 # %% ../nbs/lib/21_images.ipynb #5f92443e
 def fit_square(
-    image: Image.Image, # any size, RGB
-    size: int, # side of the result, pixels
-) -> np.ndarray: # (size, size, 3) uint8
-    "The central square of an image, resized; untouched if it has that size already"
+    image: Image.Image,  # any size, RGB
+    size: int,  # side of the result, pixels
+) -> np.ndarray:  # (size, size, 3) uint8
+    "The central square of an image, resized; untouched if it has that size already."
     width, height = image.size
     if (width, height) != (size, size):
         side = min(width, height)
@@ -360,7 +360,7 @@ def check_layout(path, found):
 
 # %% ../nbs/lib/21_images.ipynb #99bfa72b
 def _decode(path, found, valid, classes, size, skip_corrupt):
-    "Arrays of both splits; `skipped` lists the files that could not be decoded"
+    "Arrays of both splits; `skipped` lists the files that could not be decoded."
     number, skipped, arrays = {c: i for i, c in enumerate(classes)}, [], {}
     for key, split in (('train', 'train'), ('valid', valid)):
         files = [f for f in found if f[0] == split]
@@ -381,13 +381,13 @@ def _decode(path, found, valid, classes, size, skip_corrupt):
 
 # %% ../nbs/lib/21_images.ipynb #5fe655a1
 def fingerprint(
-    *parts, # values with a stable `repr`
-) -> str: # 16 hexadecimal digits
+    *parts,  # values with a stable `repr`
+) -> str:  # 16 hexadecimal digits
     "What tells one set of values from another."
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 def _load_cache(file):
-    "The arrays of a cache file, None if there is none or it is damaged"
+    "The arrays of a cache file, None if there is none or it is damaged."
     try:
         with np.load(file, allow_pickle=False) as cache: return {k: cache[k] for k in cache.files}
     except FileNotFoundError: return None
@@ -395,7 +395,7 @@ def _load_cache(file):
         warnings.warn(f'{file} is damaged ({e}); decoding the images again')
 
 def _save_cache(file, arrays, pattern):
-    "Write a cache file whole or not at all; older ones of the same set go"
+    "Write a cache file whole or not at all; older ones of the same set go."
     try:
         with whole_file(file) as f: np.savez(f, **arrays)
         for old in file.parent.glob(pattern):
@@ -405,12 +405,12 @@ def _save_cache(file, arrays, pattern):
 
 # %% ../nbs/lib/21_images.ipynb #2e7c2ac3
 def image_folder(
-    path, # folder or tar archive with train/<class>/ and valid/<class>/ (or val, test)
-    size: int = 32, # side of the images, pixels
-    skip_corrupt: bool = False, # leave out files that cannot be decoded, and count them
-    cache: bool = True, # keep the decoded arrays beside the images
-) -> tuple: # training and validation `ImageSet`
-    "Any folder of classes, decoded into memory"
+    path,  # folder or tar archive with train/<class>/ and valid/<class>/ (or val, test)
+    size: int = 32,  # side of the images, pixels
+    skip_corrupt: bool = False,  # leave out files that cannot be decoded, and count them
+    cache: bool = True,  # keep the decoded arrays beside the images
+) -> tuple:  # training and validation `ImageSet`
+    "Any folder of classes, decoded into memory."
     path = Path(path)
     if not isinstance(size, int) or size < 1: raise ValueError(f'size: got {size!r}; allowed: an integer from 1')
     if not path.exists(): raise FileNotFoundError(f'path: {path} does not exist\n{LAYOUT}')
@@ -434,7 +434,7 @@ def image_folder(
 
 # %% ../nbs/lib/21_images.ipynb #d2a5d99b
 def _pair(path, arrays, skip_corrupt):
-    "The two sets of decoded arrays"
+    "The two sets of decoded arrays."
     skipped, classes = tuple(arrays['skipped'].tolist()), tuple(arrays['classes'].tolist())
     if skipped and not skip_corrupt: raise CorruptImage(skipped[0], 'it could not be decoded', SKIP)
     if skipped: print(f'{path.name}: {len(skipped)} corrupt images left out, the first {skipped[0]}')

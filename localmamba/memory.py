@@ -24,9 +24,9 @@ _all_ = ['data_dir'] # written once, in `19_files`
 CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
 def find_cifar10(
-    download: bool = True, # ask fastai for it when it is not in `data`
-) -> Path: # a folder or an archive
-    "CIFAR-10 under `data`, or fastai's copy"
+    download: bool = True,  # ask fastai for it when it is not in `data`
+) -> Path:  # a folder or an archive
+    "CIFAR-10 under `data`, or fastai's copy."
     home = data_dir()
     if (home / 'cifar10').exists(): return home / 'cifar10'
     archives = sorted(a for a in home.glob('cifar10*') if '.tar' in a.suffixes or a.suffix == '.tgz')
@@ -40,14 +40,14 @@ def find_cifar10(
 
 # %% ../nbs/lib/23_memory.ipynb #ebfc3f42
 def cifar10(
-    path=None, # folder or archive; None: looked for under `data`, else downloaded
-    n_train: int = None, # keep so many training images, the same number a class; None: all
-    n_valid: int = None, # the same for validation
-    seed: int = 0, # which ones are kept
-    skip_corrupt: bool = False, # leave out files that cannot be decoded, and count them
-    download: bool = True, # whether fastai may be asked for it
-) -> tuple: # training and validation `ImageSet` of 32x32
-    "CIFAR-10"
+    path=None,  # folder or archive; None: looked for under `data`, else downloaded
+    n_train: int = None,  # keep so many training images, the same number a class; None: all
+    n_valid: int = None,  # the same for validation
+    seed: int = 0,  # which ones are kept
+    skip_corrupt: bool = False,  # leave out files that cannot be decoded, and count them
+    download: bool = True,  # whether fastai may be asked for it
+) -> tuple:  # training and validation `ImageSet` of 32x32
+    "CIFAR-10."
     path = find_cifar10(download) if path is None else Path(path)
     train, valid = image_folder(path, 32, skip_corrupt)
     if train.classes != CIFAR10:
@@ -60,14 +60,14 @@ def cifar10(
 DATASETS = ('digits', 'cifar10', 'folder')
 
 def load_data(
-    name: str, # 'digits', 'cifar10' or 'folder'
-    path=None, # of the folder or archive; needed for 'folder', optional for 'cifar10'
-    size: int = 32, # side of the images, pixels
-    n_train: int = None, # training images; None: all there are (6000 scenes for 'digits')
-    n_valid: int = None, # validation images; None: all there are (1000 scenes for 'digits')
-    seed: int = 0, # decides scenes and subsets
-) -> tuple: # training and validation `ImageSet`
-    "A data set by name"
+    name: str,  # 'digits', 'cifar10' or 'folder'
+    path=None,  # of the folder or archive; needed for 'folder', optional for 'cifar10'
+    size: int = 32,  # side of the images, pixels
+    n_train: int = None,  # training images; None: all there are (6000 scenes for 'digits')
+    n_valid: int = None,  # validation images; None: all there are (1000 scenes for 'digits')
+    seed: int = 0,  # decides scenes and subsets
+) -> tuple:  # training and validation `ImageSet`
+    "A data set by name."
     if name not in DATASETS: raise ValueError(f'name: got {name!r}; allowed: {", ".join(DATASETS)}')
     if name == 'digits': return digit_scenes(size, n_train or 6000, n_valid or 1000, seed)
     if name == 'cifar10' and size == 32: return cifar10(path, n_train, n_valid, seed)
@@ -78,10 +78,10 @@ def load_data(
 
 # %% ../nbs/lib/23_memory.ipynb #d508c529
 def reflect(
-    i: torch.Tensor, # integer indices, may lie outside 0 to n-1
-    n: int, # length of the axis
-) -> torch.Tensor: # the same shape, within 0 to n-1
-    "Indices reflected at both ends of an axis, without repeating the edge"
+    i: torch.Tensor,  # integer indices, may lie outside 0 to n-1
+    n: int,  # length of the axis
+) -> torch.Tensor:  # the same shape, within 0 to n-1
+    "Indices reflected at both ends of an axis, without repeating the edge."
     if n == 1: return torch.zeros_like(i)
     i = i.abs() % (2 * (n - 1))
     return torch.where(i < n, i, 2 * (n - 1) - i)
@@ -90,9 +90,9 @@ def reflect(
 AUGMENTS = ('flip', 'crop', 'erase')
 
 def parse_augment(
-    augment: str, # 'none', or names of `AUGMENTS` joined by '_': 'flip_crop'
-) -> set: # the names
-    "What an augmentation is made of"
+    augment: str,  # 'none', or names of `AUGMENTS` joined by '_': 'flip_crop'
+) -> set:  # the names
+    "What an augmentation is made of."
     parts = set(augment.split('_')) - {'none'} if isinstance(augment, str) else {augment}
     if parts - set(AUGMENTS):
         raise ValueError(f"augment: got {augment!r}; allowed: 'none', or any of {', '.join(AUGMENTS)} joined by '_', "
@@ -101,12 +101,12 @@ def parse_augment(
 
 # %% ../nbs/lib/23_memory.ipynb #327888a9
 def pick(
-    images: torch.Tensor, # (N, 3, H, W) uint8, the whole set
-    index: torch.Tensor, # (B,) which images
-    augment: set, # may hold 'flip' (left and right swapped, half of the time) and 'crop' (shift by up to H/8)
-    generator: torch.Generator, # draws flips and shifts, on the CPU
-) -> torch.Tensor: # (B, 3, H, W) uint8
-    "A batch of a set, shifted and flipped by indexing"
+    images: torch.Tensor,  # (N, 3, H, W) uint8, the whole set
+    index: torch.Tensor,  # (B,) which images
+    augment: set,  # may hold 'flip' (left and right swapped, half of the time) and 'crop' (shift by up to H/8)
+    generator: torch.Generator,  # draws flips and shifts, on the CPU
+) -> torch.Tensor:  # (B, 3, H, W) uint8
+    "A batch of a set, shifted and flipped by indexing."
     (_, c, h, w), b, device = images.shape, len(index), images.device
     if not augment & {'flip', 'crop'}: return images.index_select(0, index.to(device))
     rows, columns = torch.arange(h).expand(b, h), torch.arange(w).expand(b, w)
@@ -122,10 +122,10 @@ def pick(
 
 # %% ../nbs/lib/23_memory.ipynb #c880eef9
 def erase(
-    x: torch.Tensor, # (B, 3, H, W) normalised; changed in place
-    generator: torch.Generator, # draws squares, on the CPU
-) -> torch.Tensor: # x
-    "Zero one square of side H/8 to H/2 in about half of the images"
+    x: torch.Tensor,  # (B, 3, H, W) normalised; changed in place
+    generator: torch.Generator,  # draws squares, on the CPU
+) -> torch.Tensor:  # x
+    "Zero one square of side H/8 to H/2 in about half of the images."
     b, _, h, w = x.shape
     on, cy, cx, half = torch.rand(4, b, 1, generator=generator)
     half = (h / 16 + half * h * 3 / 16) * (on < 0.5)
@@ -135,19 +135,19 @@ def erase(
 
 # %% ../nbs/lib/23_memory.ipynb #6f38a585
 class MemoryLoader:
-    "Batches of an `ImageSet` held in memory: shuffled, augmented and normalised, for fastai's `DataLoaders`"
+    "Batches of an `ImageSet` held in memory: shuffled, augmented and normalised, for fastai's `DataLoaders`."
     n_inp = 1
     def __init__(self,
-        dataset: ImageSet, # the images
-        bs: int = 64, # images a batch, of all processes together
-        shuffle: bool = False, # another order each pass
-        drop_last: bool = False, # leave out the last, smaller batch
-        augment: str = 'none', # see `parse_augment`
-        stats: tuple = None, # mean and standard deviation a channel, of pixels from 0 to 1; None: of these images
-        seed: int = 0, # decides order and augmentation
-        device = 'cpu', # where the images are kept and the batches made
+        dataset: ImageSet,  # the images
+        bs: int = 64,  # images a batch, of all processes together
+        shuffle: bool = False,  # another order each pass
+        drop_last: bool = False,  # leave out the last, smaller batch
+        augment: str = 'none',  # see `parse_augment`
+        stats: tuple = None,  # mean and standard deviation a channel, of pixels from 0 to 1; None: of these images
+        seed: int = 0,  # decides order and augmentation
+        device = 'cpu',  # where the images are kept and the batches made
         *,
-        side: int = None, # of the square that is cut from the middle of each image, after augmentation; None: the whole
+        side: int = None,  # of the square cut from the middle of each image, after augmentation; None: the whole
     ):
         self.dataset, self.bs, self.shuffle, self.drop_last = dataset, bs, shuffle, drop_last
         self.augment, self.parts, self.seed, self.epoch = augment, parse_augment(augment), seed, 0
@@ -169,9 +169,9 @@ class MemoryLoader:
 
 # %% ../nbs/lib/23_memory.ipynb #6c675815
 def channel_stats(
-    dataset: ImageSet, # the images; at most 5000 of them, evenly spaced, are looked at
-) -> tuple: # mean (3,) and standard deviation (3,) of pixels from 0 to 1
-    "Mean and standard deviation of each colour channel"
+    dataset: ImageSet,  # the images; at most 5000 of them, evenly spaced, are looked at
+) -> tuple:  # mean (3,) and standard deviation (3,) of pixels from 0 to 1
+    "Mean and standard deviation of each colour channel."
     pixels = dataset.images[::-(-len(dataset) // 5000) or 1].reshape(-1, dataset.images.shape[-1]) / np.float32(255)
     mean, std = pixels.mean(0, dtype=np.float64), pixels.std(0, dtype=np.float64)
     return tuple(mean.round(4).tolist()), tuple(std.clip(1e-3).round(4).tolist())
@@ -179,7 +179,7 @@ def channel_stats(
 # %% ../nbs/lib/23_memory.ipynb #58f68ab6
 @patch
 def to(self: MemoryLoader, device):
-    "Move the images"
+    "Move the images."
     self.device = torch.device(device)
     self.data, self.target = self.data.to(self.device), self.target.to(self.device)
     mean, std = (torch.tensor(s, dtype=torch.float32, device=self.device).view(1, -1, 1, 1) for s in self.stats)
@@ -188,22 +188,22 @@ def to(self: MemoryLoader, device):
 
 @patch
 def new(self: MemoryLoader, dataset=None, **kwargs):
-    "The same loader with another data set or other options"
+    "The same loader with another data set or other options."
     names = ('bs', 'shuffle', 'drop_last', 'augment', 'stats', 'seed', 'device', 'side')
     return MemoryLoader(self.dataset if dataset is None else dataset, **{k: getattr(self, k) for k in names} | kwargs)
 
 # %% ../nbs/lib/23_memory.ipynb #432443e6
 def centre(
-    x: torch.Tensor, # (B, 3, H, W)
-    side: int, # pixels
-) -> torch.Tensor: # (B, 3, side, side)
+    x: torch.Tensor,  # (B, 3, H, W)
+    side: int,  # pixels
+) -> torch.Tensor:  # (B, 3, side, side)
     "The square in the middle; what was shifted by a 'crop' before is then a random crop."
     top, left = (x.shape[-2] - side) // 2, (x.shape[-1] - side) // 2
     return x[..., top:top + side, left:left + side]
 
 @patch
 def batch(self: MemoryLoader, index, generator):
-    "Images (B, 3, H, W) float32 and labels (B,) at `index`"
+    "Images (B, 3, H, W) float32 and labels (B,) at `index`."
     x = pick(self.data, index, self.parts, generator)
     if self.side: x = centre(x, self.side)
     x = x.to(torch.float32).sub_(self.mean).mul_(self.scale)
@@ -211,7 +211,7 @@ def batch(self: MemoryLoader, index, generator):
 
 @patch
 def generator(self: MemoryLoader, epoch):
-    "The random numbers of one pass"
+    "The random numbers of one pass."
     key = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(key[0]))
 
@@ -228,25 +228,25 @@ def __iter__(self: MemoryLoader):
 
 @patch
 def order(self: MemoryLoader, generator):
-    "Which image comes when in a pass"
+    "Which image comes when in a pass."
     return torch.randperm(self.n, generator=generator) if self.shuffle else torch.arange(self.n)
 
 @patch
 def batch_names(self: MemoryLoader, i):
-    "What batch `i` of the pass that was begun last is made of, in this process"
+    "What batch `i` of the pass that was begun last is made of, in this process."
     index = self.order(self.generator(self.epoch - 1))[i * self.bs:(i + 1) * self.bs]
     return self.dataset.names(index[self.rank::self.world].tolist())
 
 # %% ../nbs/lib/23_memory.ipynb #422f1e47
 @patch
 def one_batch(self: MemoryLoader):
-    "The first batch of the next pass, without starting it"
+    "The first batch of the next pass, without starting it."
     g = self.generator(self.epoch)
     return self.batch(self.order(g)[:self.bs], g)
 
 @patch
 def show_batch(self: MemoryLoader, b=None, max_n=12, columns=12, **kwargs):
-    "A batch as pictures, augmentation included"
+    "A batch as pictures, augmentation included."
     x, y = self.one_batch() if b is None else b
     pixels = (x / self.scale + self.mean).round().clamp(0, 255).to('cpu', torch.uint8).permute(0, 2, 3, 1)
     return show_images(pixels.numpy(), [self.vocab[i] for i in y], n=max_n, columns=columns)
@@ -256,18 +256,18 @@ def new_empty(self: ImageSet): return take(self, np.arange(0))
 
 # %% ../nbs/lib/23_memory.ipynb #44868155
 def loaders(
-    train: ImageSet, # to learn from
-    valid: ImageSet, # to be judged on; same classes and image size
-    batch_size: int = 64, # images a batch; the training loader leaves out a last, smaller batch
-    augment: str = 'none', # of the training images: 'none', or 'flip', 'crop', 'erase' joined by '_'
-    seed: int = 0, # decides order and augmentation
-    device=None, # where the images are kept; None: what fastai would use
-    stats: tuple = None, # mean and standard deviation a channel; None: those of the training images
-    path='.', # where fastai may save things
+    train: ImageSet,  # to learn from
+    valid: ImageSet,  # to be judged on; same classes and image size
+    batch_size: int = 64,  # images a batch; the training loader leaves out a last, smaller batch
+    augment: str = 'none',  # of the training images: 'none', or 'flip', 'crop', 'erase' joined by '_'
+    seed: int = 0,  # decides order and augmentation
+    device=None,  # where the images are kept; None: what fastai would use
+    stats: tuple = None,  # mean and standard deviation a channel; None: those of the training images
+    path='.',  # where fastai may save things
     *,
-    side: int = None, # of the square cut from the middle of each image, after augmentation; None: the whole
-) -> DataLoaders: # fastai's, with two `MemoryLoader`s
-    "Loaders for training and validation"
+    side: int = None,  # of the square cut from the middle of each image, after augmentation; None: the whole
+) -> DataLoaders:  # fastai's, with two `MemoryLoader`s
+    "Loaders for training and validation."
     if train.classes != valid.classes or train.images.shape[1:] != valid.images.shape[1:]:
         raise ValueError(f'valid: got {valid!r}; allowed: the classes and image size of train ({train!r})')
     if not isinstance(batch_size, int) or not 1 <= batch_size <= len(train):

@@ -125,6 +125,7 @@ def run_all(
         signal.signal(signal.SIGTERM, before)
     return failed
 
+# %% ../nbs/lib/43b_miniature.ipynb #98ac377a
 def main(
     words=None,  # of the command line
 ):

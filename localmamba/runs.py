@@ -175,6 +175,7 @@ def lock(self: Run,
     _HELD[path] = os.getpid(), file
     return self
 
+# %% ../nbs/lib/28_runs.ipynb #6db488ea
 @patch
 def release(self: Run):
     "Let other processes have the run."

@@ -17,7 +17,8 @@ try:
 except ImportError: triton = tl = Absent()
 
 # %% ../../nbs/lib/09b_gate_gpu.ipynb #f5d278f7
-TOKENS, GATE_BLOCK = 8, 32   # tokens of a program by token and of a step of one by channel; channels of a program by channel
+TOKENS = 8   # of a program by token, and of a step of a program by channel
+GATE_BLOCK = 32   # channels of a program by channel
 
 @triton.jit
 def _of_row(sizes, TOKENS: tl.constexpr):

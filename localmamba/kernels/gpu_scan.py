@@ -286,7 +286,7 @@ def scan_forward(
 # %% ../../nbs/lib/09_scan_gpu.ipynb #84df75b1
 @triton.jit
 def _collect(total, x, b, k, row, n, value, mask, CONSTANT: tl.constexpr):
-    "Gradient of B or C from one step: added up over the steps if constant in time, else over this block's channels and stored."
+    "Gradient of B or C from one step: summed over steps if constant, else over this block's channels and stored."
     if CONSTANT: return total + value
     else:
         write(x, b, k, row, n, tl.sum(value, 1)[:, None], mask)
@@ -320,8 +320,8 @@ def _advance(x, b, k, h, rate, start, length, d, mine, n, real, SOFTPLUS: tl.con
 # %% ../../nbs/lib/09_scan_gpu.ipynb #9d9f2619
 @triton.jit
 def _scan_backward(x, saved, dy, dlast, grads, sizes, SOFTPLUS: tl.constexpr, ALONG: tl.constexpr,
-                   CONST_B: tl.constexpr,
-                   CONST_C: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, BLOCK: tl.constexpr):
+                   CONST_B: tl.constexpr, CONST_C: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
+                   EVERY: tl.constexpr, BLOCK: tl.constexpr):
     b, k, block, d = program(sizes.directions, sizes.channels, BLOCK)
     i, n = tl.arange(0, CHUNK)[:, None], tl.arange(0, STATES)[:, None]
     mine, real, length = d < sizes.channels, n < sizes.states, sizes.length
@@ -336,7 +336,6 @@ def _scan_backward(x, saved, dy, dlast, grads, sizes, SOFTPLUS: tl.constexpr, AL
         for again in range((start - first) // CHUNK):
             h = _advance(x, b, k, h, rate, first + again * CHUNK, length, d, mine, n, real, SOFTPLUS, ALONG, CONST_B,
                          CHUNK)
-
         inside, token, row, here = _rows(x.order, k, start + i, length, ALONG)
         raw, dt = _step_size(x, b, k, row, here, inside, d, mine, SOFTPLUS)
         u, seen = read(x.u, b, k, row, d, here & mine), (token >= 0) & mine
@@ -352,7 +351,6 @@ def _scan_backward(x, saved, dy, dlast, grads, sizes, SOFTPLUS: tl.constexpr, AL
                 out = _put_row(out, i, s, tl.sum(h * C, 0))
             sum_C = _collect(sum_C, grads.C, b, k, block * sizes.rows + row_s, n, _row(grad, i, s) * h, here_s & real,
                              CONST_C)
-
         # A is read anew: the compiler would else keep every decay of the chunk in registers, more than there are
         rate = read(x.A, b, k, n, d, held)
         for s in tl.static_range(CHUNK - 1, -1, -1):
@@ -367,7 +365,6 @@ def _scan_backward(x, saved, dy, dlast, grads, sizes, SOFTPLUS: tl.constexpr, AL
             sum_gA = _put_row(sum_gA, i, s, tl.sum(kept * rate, 0))
             sum_B = _collect(sum_B, grads.B, b, k, block * sizes.rows + row_s, n, _row(dt * u, i, s) * g,
                              here_s & real, CONST_B)
-
         ddt, skip = u * sum_gB + sum_gA * _LN2, by_channel(x.D, k, d, mine)  # A is in base 2
         if SOFTPLUS: ddt *= tl.sigmoid(raw)
         sum_D += tl.sum(grad * u, 0)[None, :]
@@ -396,7 +393,8 @@ def _add_parts(parts, like):
 def scan_backward(
     dy: torch.Tensor,  # gradient of y, (Bt, K, T, D)
     dlast_state: torch.Tensor|None,  # gradient of the last state, (Bt, K, D, N)
-    u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,  # as given to `scan_forward`
+    u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor,  # as given to `scan_forward`
+    B: torch.Tensor, C: torch.Tensor,  # as given to `scan_forward`
     D: torch.Tensor|None, z: torch.Tensor|None, delta_bias: torch.Tensor|None,  # as given to `scan_forward`
     order: torch.Tensor, delta_softplus: bool, along_order: bool,  # as given to `scan_forward`
     saved: torch.Tensor,  # from `scan_forward`

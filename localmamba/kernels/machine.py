@@ -95,7 +95,8 @@ def inspect_binary(
 # %% ../../nbs/lib/09c_machine.ipynb #b89f44e7
 _KINDS = {'exponentials': 'MUFU', 'fp32': 'FFMA|FMUL|FADD', 'shuffles': 'SHFL', 'shared': 'LDS|STS|LDSM',
           'spills': 'LDL|STL',
-          'global': 'LDG|STG|LDC', 'atomics': r'RED\w*|ATOM\w*', 'control': 'BAR|WARPSYNC|BSSY|BSYNC|DEPBAR|MEMBAR|NOP|BRA|EXIT|CALL|RET'}
+          'global': 'LDG|STG|LDC', 'atomics': r'RED\w*|ATOM\w*',
+          'control': 'BAR|WARPSYNC|BSSY|BSYNC|DEPBAR|MEMBAR|NOP|BRA|EXIT|CALL|RET'}
 
 def opcode(
     text: str,  # an instruction as disassembled

@@ -42,7 +42,7 @@ def our_work(
     values, blocks, chunks = Bt * K * L * D, -(-D // gpu_scan.BLOCK), -(-L // gpu_scan.CHUNK)
     saved, small = 4 * values * N / gpu_scan.SAVED_EVERY, 2 * 2 * Bt * K * L * N
     tensors, parts = (7 + 2 / K, 2 * 4 * 2 * Bt * K * L * N * blocks) if backward else (3 + 1 / K, 0)
-    again = (1 - gpu_scan.CHUNK / gpu_scan.SAVED_EVERY) if backward else 0   # chunks to go through once more, for each chunk
+    again = (1 - gpu_scan.CHUNK / gpu_scan.SAVED_EVERY) if backward else 0   # chunks gone through once more, a chunk
     cached = small * blocks * (2 if backward else 1) + 2 * 2 * values * again
     return Work(Bt * K * blocks, chunks, again, values * N, 2 * values * tensors + saved + small + parts, cached)
 
@@ -90,13 +90,18 @@ def our_binaries(
     return {kernel.name: kernel for kernel in compile_only(layer, capability)}
 
 # %% ../../nbs/lib/09e_paper.ipynb #33b8e03b
-_FORWARD = ('selective_scan_fwd_kernel', 'Selective_Scan_fwd_kernel_traits<{}, {}, 1, false, true, true, true, at::BFloat16, float>', 'SSMParamsBase')
-_BACKWARD = ('selective_scan_bwd_kernel', 'Selective_Scan_bwd_kernel_traits<{}, {}, false, true, true, true, true, at::BFloat16, float>', 'SSMParamsBwd')
+_FORWARD = ('selective_scan_fwd_kernel',
+            'Selective_Scan_fwd_kernel_traits<{}, {}, 1, false, true, true, true, at::BFloat16, float>',
+            'SSMParamsBase')
+_BACKWARD = ('selective_scan_bwd_kernel',
+             'Selective_Scan_bwd_kernel_traits<{}, {}, false, true, true, true, true, at::BFloat16, float>',
+             'SSMParamsBwd')
 _FLAGS = ('-O3 -std=c++20 -U__CUDA_NO_HALF_OPERATORS__ -U__CUDA_NO_HALF_CONVERSIONS__ -U__CUDA_NO_BFLOAT16_OPERATORS__ '
           '-U__CUDA_NO_BFLOAT16_CONVERSIONS__ -U__CUDA_NO_BFLOAT162_OPERATORS__ -U__CUDA_NO_BFLOAT162_CONVERSIONS__ '
           '--expt-relaxed-constexpr --expt-extended-lambda --use_fast_math').split()
 
-#: Bytes of shared memory of a program of mamba_ssm 2.3.2, (threads, steps): its `kSmemSize` and the launch's additions, printed by a program on the CPU.
+#: Bytes of shared memory of a program of mamba_ssm 2.3.2, (threads, steps): its `kSmemSize` and the launch's additions,
+#: printed by a program on the CPU.
 _MAMBA_SHARED = {False: {(32, 4): 2592, (32, 8): 3136, (64, 16): 6304, (128, 16): 10560},
                  True: {(32, 4): 8376, (32, 8): 10008, (64, 16): 20160, (128, 16): 34640}}
 
@@ -167,7 +172,8 @@ def our_rows(
     kernels = [dict(kernel=name, gpu=gpu.name, warps=kernel.warps, registers=found[name]['registers'],
                     spilled=found[name]['spilled'],
                     shared=kernel.shared, programs=resident(found[name]['registers'], kernel.warps, kernel.shared, gpu),
-                    instructions=len(found[name]['code']), atomics=len(re.findall(r'\b(?:atom|red)\.(?:async\.)?(?:global|\w+\.gpu)', kernel.ptx)))
+                    instructions=len(found[name]['code']),
+                    atomics=len(re.findall(r'\b(?:atom|red)\.(?:async\.)?(?:global|\w+\.gpu)', kernel.ptx)))
                for name, kernel in compiled.items()]
     return rows, kernels
 
