@@ -8,6 +8,7 @@ from jupyter_server.services.contents.largefilemanager import LargeFileManager
 from traitlets.config import Config
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 SETTINGS = json.loads((ROOT/'nbs/jupyter_server_config.json').read_text())
 
 
@@ -15,7 +16,7 @@ SETTINGS = json.loads((ROOT/'nbs/jupyter_server_config.json').read_text())
 def served(tmp_path_factory):
     "A server's view of a copy of the notebooks."
     root = tmp_path_factory.mktemp('lab')
-    for path in (ROOT/'nbs').rglob('*.ipynb'):
+    for path in NOTEBOOKS:
         copy = root/path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
@@ -23,7 +24,7 @@ def served(tmp_path_factory):
     return root, LargeFileManager(root_dir=str(root), config=Config(SETTINGS))
 
 
-@pytest.mark.parametrize('name', sorted(str(p.relative_to(ROOT)) for p in (ROOT/'nbs').rglob('*.ipynb')))
+@pytest.mark.parametrize('name', [str(p.relative_to(ROOT)) for p in NOTEBOOKS])
 def test_a_notebook_opened_and_saved_is_unchanged(served, name, monkeypatch):
     root, manager = served
     monkeypatch.chdir(root)

@@ -66,6 +66,7 @@ READOUTS, RESIZES = ('mean', 'head_cls', 'mid_cls'), ('exact', 'release')
 # %% ../../nbs/lib/14_localvim.ipynb #2c612cab
 class LocalVim(Described, VisionModel):
     "LocalVim (paper, section 4.1) and, with directions `h`, `h_flip` and no SCAttn, Vim; timm's contract, any size."
+    last_norm = 'norm_f'
 
     def __init__(self,
         img_size: int | tuple[int, int] = 224,  # pixels that the position embedding is made for; others work
