@@ -113,7 +113,7 @@ def image_loaders(
     transforms = train_transform(s['size'], **transform_options(r),
                                  **common), eval_transform(s['size'], 1.0 if in_memory else 0.875, **common)
     return photo_loaders(train, valid, r['batch_size'], transforms, r['repeats'], s['seed'], s['workers'],
-                         s['skip_corrupt'], device)
+                         skip_corrupt=s['skip_corrupt'], device=device)
 
 # %% ../nbs/lib/34_classify.ipynb #6fa8f7c4
 def classifier(

@@ -125,8 +125,8 @@ STAGES = ((0.5, (10., 10., 5., 5.), 1.), (0.6, (20., 20., 10., 10.), 0.5),
 
 class Heads(RoIHeads):
     "Box heads, one or a cascade, and the mask head; losses where targets are given, detections in evaluation."
-    def __init__(self, pool, box_heads, predictors, mask_pool, mask_head, mask_predictor, samples=512, score=0.05,
-                 nms=0.5, most=100):
+    def __init__(self, pool, box_heads, predictors, mask_pool, mask_head, mask_predictor, *, samples=512,
+                 score=0.05, nms=0.5, most=100):
         (iou, scale, _), *_ = STAGES
         super().__init__(pool, nn.ModuleList(box_heads), nn.ModuleList(predictors), iou, iou, samples, 0.25, scale,
                          score, nms, most,
@@ -200,6 +200,7 @@ class Detector(nn.Module):
         channels: int = 256,  # of the pyramid and of the mask head
         width: int = 1024,  # of the box head
         anchor_scale: float = 8,  # side of an anchor, in strides
+        *,
         canonical: float = 224,  # side of a box that is pooled from stride 16
         samples=(256, 512),  # anchors and boxes of an image that losses are computed on
         proposals: int = 1000,  # boxes of an image that go into the heads
@@ -236,7 +237,8 @@ class Detector(nn.Module):
         n = len(STAGES) if cascade else 1
         self.heads = Heads(box, [box_head() for _ in range(n)],
                            [BoxPredictor(width, num_classes, cascade) for _ in range(n)],
-                           mask, mask_head, MaskPredictor(channels, channels, num_classes), samples[1], score)
+                           mask, mask_head, MaskPredictor(channels, channels, num_classes),
+                           samples=samples[1], score=score)
 
     def no_weight_decay(self):
         return {f'backbone.model.{name}' for name in getattr(self.backbone.model, 'no_weight_decay', set)()}

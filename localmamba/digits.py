@@ -83,7 +83,7 @@ def crop_photo(
     return np.asarray(small, np.float32) / 255, (top, left, side)
 
 # %% ../nbs/lib/22_digits.ipynb #5615ec90
-def _scenes(n, size, digits, chosen, strips, digit_size, contrast, rng, name):
+def _scenes(n, size, digits, chosen, strips, *, digit_size, contrast, rng, name):
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
     classes = [rng.permutation(chosen[digits.target[chosen] == c]) for c in range(10)]
     index = np.array([of_class[(i // 10) % len(of_class)] for i in range(n) for of_class in [classes[i % 10]]])

@@ -16,7 +16,8 @@ from IPython.core.interactiveshell import InteractiveShell
 from .files import project_root
 from .processes import process_group, torchrun
 from .progress import running_kernel
-from .runs import canonical, declared, environment, refuse_parameters
+from .parameters import declared, refuse_parameters
+from .runs import canonical, environment
 from .ssm import backends
 
 # %% ../nbs/lib/38_launch.ipynb #9b0213a9

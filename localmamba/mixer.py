@@ -180,6 +180,7 @@ class ScanMixer(Described):
         dt_rank: int | None = None,  # R; ceil(dim / 16) if None
         scattn: str = 'channel',  # mode of `SCAttn`
         scattn_at: str = 'branch',  # what it gates: each `'branch'` (paper and release), or their `'merged'` map
+        *,
         padding: str = 'zeros',  # see `scan_order`
         merge: str = 'sum',  # `'sum'` (LocalMamba) or `'mean'` (Vim v2) of the branches
         search: bool = False,  # softmax-weighted sum of normalised branches with learnt weights `alpha` (section 3.3)

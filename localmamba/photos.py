@@ -140,6 +140,7 @@ def photo_loaders(
     repeats: int = 1,  # see `Passes`
     seed: int = 0,  # decides order and augmentation
     workers: int = 0,  # processes of each loader; 0: this one
+    *,
     skip_corrupt: bool = False,  # leave out files that cannot be decoded, and count them
     device=None,  # None: what fastai would use
 ) -> DataLoaders:  # fastai's, with two `StreamLoader`s

@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['canonical', 'run_name', 'device_name', 'environment', 'Run', 'described_data', 'dataset_name', 'collect', 'summarise',
-           'declared', 'same_kind', 'refuse_parameters', 'comments', 'refuse_values', 'compare_parameters',
-           'check_parameters', 'project_root', 'read_csv', 'read_json', 'results_dir', 'whole_file', 'write_csv',
-           'write_json']
+           'check_parameters', 'compare_parameters', 'project_root', 'read_csv', 'read_json', 'results_dir',
+           'whole_file', 'write_csv', 'write_json']
 
 # %% ../nbs/lib/28_runs.ipynb #7afbad95
-import ast, difflib, hashlib, inspect, io, json, math, os, pickle, platform, re, subprocess, sys, time, tokenize
-import warnings, weakref, zipfile
+import hashlib, io, json, math, os, pickle, platform, re, subprocess, sys, time, warnings, zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from .parameters import check_parameters, compare_parameters
 from .files import project_root, read_csv, read_json, results_dir, whole_file, write_csv, write_json
 
-_all_ = ['project_root', 'read_csv', 'read_json', 'results_dir', 'whole_file', 'write_csv', 'write_json']
+_all_ = ['check_parameters', 'compare_parameters', 'project_root', 'read_csv', 'read_json', 'results_dir', 'whole_file',
+         'write_csv', 'write_json']
 
 # %% ../nbs/lib/28_runs.ipynb #76120506
 def canonical(
@@ -342,149 +342,3 @@ def summarise(
     if missing: raise ValueError(f'by, value: no column {missing}; allowed: {list(frame.columns)}')
     groups = frame.groupby(by, sort=False, dropna=False)[value]
     return groups.agg(mean='mean', std='std', n='count').reset_index()
-
-# %% ../nbs/lib/28_runs.ipynb #a916f14c
-_UNKNOWN = object()  # stands for a default that is not a literal, so its type is not checked
-
-def declared(
-    source: str,  # of a cell
-):  # {name: literal value}; None when it does anything but assign to names
-    "What a cell of assignments declares."
-    try: body = ast.parse(source).body
-    except SyntaxError: return None
-    found = {}
-    for node in body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant): continue
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, 'target', None)
-        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or not isinstance(target, ast.Name): return None
-        try: found[target.id] = ast.literal_eval(node.value)
-        except (ValueError, TypeError): found[target.id] = _UNKNOWN
-    return found or None
-
-def _injected(source): return source.lstrip().startswith('# Parameters')
-
-def same_kind(default, value):  # bool
-    "Whether `value` may stand where `default` stood."
-    if default is None or default is _UNKNOWN or value is _UNKNOWN: return True
-    if bool in (type(default), type(value)): return type(default) is type(value)
-    if isinstance(default, float): return isinstance(value, (int, float))
-    if isinstance(default, (list, tuple)): return isinstance(value, (list, tuple))
-    return isinstance(value, type(default))
-
-# %% ../nbs/lib/28_runs.ipynb #d04821ce
-def refuse_parameters(
-    defaults: dict,  # what a notebook declares
-    given: dict,  # what it was given
-):
-    "Raises `ValueError` for names that are not declared, `TypeError` for values of another kind."
-    unknown = [name for name in given if name not in defaults]
-    if unknown:
-        close = {n: difflib.get_close_matches(n, defaults, 1) for n in unknown}
-        meant = ''.join(f' (did you mean {c[0]!r}?)' if c else '' for c in close.values())
-        raise ValueError(f'unknown parameter {", ".join(map(repr, unknown))}{meant}; allowed: {", ".join(defaults)}')
-    for name, value in given.items():
-        default = defaults[name]
-        if not same_kind(default, value):
-            hint = ''
-            if isinstance(value, str) and isinstance(default, float): hint = '; YAML reads 1e-3 as text, write 1.0e-3'
-            if isinstance(default, (list, tuple)): hint = f"; a list is given with -y '{name}: [a, b]' or by -f file"
-            raise TypeError(f'parameter {name!r}: got {value!r} ({type(value).__name__}); '
-                            f'allowed: {type(default).__name__}, as in its default {default!r}{hint}')
-
-def _find_parameters(cells):  # executed cells, the last one calling check_parameters -> (defaults, given)
-    checks = [i for i, cell in enumerate(cells) if 'check_parameters' in cell and i] or [len(cells) - 1]
-    at = next((i - 1 for i in reversed(checks) if declared(cells[i - 1]) is not None), None)
-    lost = ("the cell tagged 'parameters' was not found, so papermill put its values where they change nothing. "
-            "Give the parameters cell the tag 'parameters' (JupyterLab: property inspector) and keep "
-            "`allowed_cell_metadata_keys = tags` in settings.ini, or nbdev_clean removes it")
-    stray = [i for i, cell in enumerate(cells) if _injected(cell) and (i == 0 or declared(cells[i - 1]) is None)]
-    if stray: raise ValueError(lost)
-    if at is None: raise ValueError('check_parameters() belongs into the first cell after the parameters cell, '
-                                    'which holds nothing but assignments; run that cell, then this one')
-    if _injected(cells[at]): return declared(cells[at - 1]), declared(cells[at])
-    return declared(cells[at]), {}
-
-# %% ../nbs/lib/28_runs.ipynb #9c3c636c
-def comments(
-    source: str,  # of a parameters cell
-) -> dict:  # name: the comment on its line
-    "What a cell of assignments says about each name."
-    said, names = {}, {node.lineno: ast.unparse(getattr(node, 'targets', [getattr(node, 'target', None)])[0])
-                       for node in ast.parse(source).body if isinstance(node, (ast.Assign, ast.AnnAssign))}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and token.start[0] in names:
-            said[names[token.start[0]]] = token.string.lstrip('# ')
-    return said
-
-def refuse_values(
-    defaults: dict,  # what a notebook declares
-    values: dict,  # what it will run with
-    said: dict = {},  # from `comments`
-    **allowed,  # name: the values it may have
-):
-    "Raises `ValueError` for numbers, lists and words that make no sense, `TypeError` for lists of other things."
-    for name, value in values.items():
-        default, words = defaults.get(name), said.get(name, '')
-        if name in allowed and value not in allowed[name]:
-            raise ValueError(f'parameter {name!r}: got {value!r}; allowed: {", ".join(map(repr, allowed[name]))}')
-        if isinstance(value, (list, tuple)): _refuse_list(name, default, list(value))
-        elif type(value) in (int, float): _refuse_number(name, default, value, words)
-        elif value == '' and isinstance(default, str) and default:
-            raise ValueError(f'parameter {name!r}: got an empty text; allowed: such as its default {default!r}')
-
-def _refuse_number(name, default, value, words):
-    least, most = (default if isinstance(default, (int, float)) and default < 0 else 0), 2 ** 32 - 1
-    limits = re.search(r'(-?\d+(?:\.\d+)?) to (-?\d+(?:\.\d+)?)\b', words)
-    if limits: least, most = float(limits[1]), float(limits[2])
-    elif isinstance(default, int) and default > 0 and not re.search(r'\b0\b', words): least = 1
-    no_rate = value == 0 and default and re.search(r'(^|_)lr$', name)
-    if not (math.isfinite(value) and least <= value <= most) or no_rate:
-        above = ', not 0' if value == 0 and least == 0 else ''
-        raise ValueError(f'parameter {name!r}: got {value!r}; allowed: {least:.15g} to {most:.15g}{above}'
-                         + (f' ({words})' if words else ''))
-
-def _refuse_list(name, default, value):
-    if not value and default:
-        raise ValueError(f'parameter {name!r}: got an empty list; allowed: such as its default {default!r}')
-    if not default or not isinstance(default, (list, tuple)): return
-    kinds = {type(d) for d in default}
-    wrong = [v for v in value if not any(same_kind(d, v) for d in default)]
-    if wrong:
-        raise TypeError(f'parameter {name!r}: got {wrong[0]!r} ({type(wrong[0]).__name__}) in it; allowed: '
-                        f'{", ".join(sorted(k.__name__ for k in kinds))}, as in its default {default!r}')
-    for v in value:
-        if isinstance(v, (int, float)) and not (math.isfinite(v) and (v >= 0 or min(default) < 0)):
-            raise ValueError(f'parameter {name!r}: got {v!r} in it; allowed: finite numbers that are not negative')
-
-# %% ../nbs/lib/28_runs.ipynb #5805dfd3
-def compare_parameters(
-    cells: list,  # sources of the executed cells in order; the last one calls check_parameters
-) -> tuple:  # defaults and given values, {name: value} each
-    "The parameters a notebook declares and those it was given; refuses unknown names and values of another type."
-    defaults, given = _find_parameters(cells)
-    refuse_parameters(defaults, given)
-    return defaults, given
-
-# %% ../nbs/lib/28_runs.ipynb #ab2f3308
-def check_parameters(
-    **allowed,  # name: the values it may have
-) -> dict:  # names to final values, in the order of the parameters cell
-    "Raises `ValueError` or `TypeError` for papermill parameters that make no sense; for the cell after the parameters."
-    from IPython import get_ipython
-    if not any((p/'settings.ini').is_file() for p in (Path.cwd(), *Path.cwd().parents)):
-        print(f'no settings.ini in {Path.cwd()} or above: data/ and results/ are those of this folder')
-    shell = get_ipython()
-    cells = [c for c in (shell.user_ns.get('In', ()) if shell else ()) if c.strip()]
-    if not cells:
-        space = shell.user_ns if shell else inspect.currentframe().f_back.f_globals
-        hidden = shell.user_ns_hidden if shell else ()
-        plain = (bool, int, float, str, list, tuple, type(None))
-        return {k: v for k, v in space.items() if k[0] != '_' and k not in hidden and isinstance(v, plain)}
-    space = shell.user_ns
-    defaults, given = compare_parameters(cells)
-    for name in given:
-        if isinstance(defaults[name], float) and isinstance(space[name], int): space[name] = float(space[name])
-    values = {name: space[name] for name in defaults}
-    source = next((c for c in reversed(cells) if declared(c) == defaults), '')
-    refuse_values(defaults, values, comments(source), **allowed)
-    return values

@@ -322,6 +322,7 @@ def predict(
     flip: bool = False,  # mirror images too
     crop=(512, 512),  # of 'slide'
     stride=(341, 341),  # of 'slide'
+    *,
     amp: bool = False,  # forward pass in bfloat16
 ) -> Tensor:  # (classes, H, W) probabilities, fp32
     "What each pixel may be."

@@ -232,7 +232,7 @@ def drawing(
 # %% ../nbs/lib/24_stream.ipynb #f0881b9f
 class SampleLoader(StreamLoader):
     "`StreamLoader` with so many `steps` a pass, or, with none, every image once."
-    def __init__(self, dataset, batch_size, steps, transform, seed=0, workers=0, device='cpu', rank=0, world=1):
+    def __init__(self, dataset, batch_size, steps, transform, seed=0, workers=0, *, device='cpu', rank=0, world=1):
         super().__init__(dataset, batch_size, transform, Endless(steps) if steps else BySize(), seed=seed,
                          workers=workers, device=device,
                          rank=rank, world=world)

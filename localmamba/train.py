@@ -393,18 +393,18 @@ def fit(
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f'epochs: got {epochs!r}; allowed: an integer from 1')
     label = label or getattr(run, 'label', '')
-    if run is None: return _trained(model, dls, epochs, lr, seed, None, facts, label, options)
+    if run is None: return _trained(model, dls, epochs, lr, seed, None, facts, label=label, options=options)
     try:
         if not from_first(lambda: run.finished): from_first(lambda: run.lock() and None)
         if not from_first(lambda: run.finished):
-            return _trained(model, dls, epochs, lr, seed, run, facts, label, options)
+            return _trained(model, dls, epochs, lr, seed, run, facts, label=label, options=options)
         from_first(run.tidy)
         StatusLine().update(status(label, run.metrics, f'{epochs} epochs, from the record'), last=True)
         return run.metrics, read_csv(run.dir/'history.csv', mend=True)
     finally:
         if processes()[0] == 0: run.release()
 
-def _trained(model, dls, epochs, lr, seed, run, facts, label, options):
+def _trained(model, dls, epochs, lr, seed, run, facts, *, label, options):
     seed_everything(seed)
     if not isinstance(model, nn.Module): model = model()
     if processes()[0]:

@@ -109,4 +109,4 @@ PUBLIC_BY_CONTRACT = {'selective_scan_fn', 'selective_scan_ref', 'directional_sc
 def allowed(node, path):
     decorators = {ast.unparse(d).split('(')[0].split('.')[-1] for d in node.decorator_list}
     operator = re.search(r'operator|the schema', ast.get_docstring(node) or '')
-    return node.name in PUBLIC_BY_CONTRACT or 'jit' in decorators or bool(operator)
+    return node.name in PUBLIC_BY_CONTRACT or decorators & {'jit', 'inlined'} or bool(operator)

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from localmamba.runs import (Run, collect, comments, compare_parameters, environment, read_csv, read_json,
-                             refuse_values,
-                             run_name, summarise, write_csv, write_json)
+from localmamba.parameters import comments, compare_parameters, refuse_values
+from localmamba.runs import Run, collect, environment, read_csv, read_json, run_name, summarise, write_csv, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -331,8 +331,9 @@ def token_limit(order, along_order, by_token, by_row):
         raise ValueError(f'order: got {order.shape[1]} steps; allowed: {min(rows)}, the rows of u, delta, B and C')
     return min(tokens)
 
-def scan_table(u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, along_order, saved):
+def scan_table(tensors, order, delta_softplus, along_order, saved):
     "The integers that both scan kernels read, and the tensors whose addresses they are."
+    u, delta, A, B, C, D, z, delta_bias = tensors
     m = new_table(CALL)
     (K, L), (_, channels, N), batch = order.shape, A.shape, len(u)
     vectors, padded = -(-channels // WIDTH), -(-N // BLOCK) * BLOCK
@@ -381,13 +382,13 @@ def scan_forward(
     delta_softplus: bool,  # dt = softplus(delta + bias), else delta + bias
     along_order: bool,  # u, delta, B, C lie along the order rather than in raster order
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # y (Bt, K, T, D), last state (Bt, K, D, N), boundary states
-    "Selective scan along every direction; IndexError for a token that the image has not."
+    "Selective scan along every direction, as the operator has it; IndexError for a token that the image has not."
     (K, L), (_, channels, N), batch = order.shape, A.shape, len(u)
     tokens = z.shape[-2] if z is not None else u.shape[-2] if not along_order else _tokens(order)
     y = torch.empty(batch, K, tokens, channels)
     last = (torch.empty if L else torch.zeros)(batch, K, channels, N)   # no step, no state
     saved = torch.empty(saved_shape(batch, K, L, channels, N))
-    m, kept = scan_table(u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, along_order, saved)
+    m, kept = scan_table((u, delta, A, B, C, D, z, delta_bias), order, delta_softplus, along_order, saved)
     m[CALL.limit] = token_limit(order, along_order, (y, z), (u, delta, B, C))
     for field, x in ((CALL.y, y), (CALL.last, last)): enter(m, field, x, 'bkrc')
     launch(_scan_forward, m, batch * K * m[CALL.groups] if channels else 0, work_of(m), scratch_bytes(m))

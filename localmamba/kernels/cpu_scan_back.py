@@ -244,8 +244,8 @@ def scan_backward(
     along_order: bool,
     saved: torch.Tensor,  # from `scan_forward`
 ) -> tuple:  # gradients of u, delta, A, B, C, D, z, delta_bias; None where the input was None
-    "Gradients of the selective scan, the same bits at every call."
-    m, kept = scan_table(u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, along_order, saved)
+    "Gradients of the selective scan for the operator, the same bits at every call."
+    m, kept = scan_table((u, delta, A, B, C, D, z, delta_bias), order, delta_softplus, along_order, saved)
     m[CALL.limit] = token_limit(order, along_order, (dy, z), (u, delta, B, C))
     (K, _), batch, channels, groups, rows = order.shape, len(u), A.shape[1], m[CALL.groups], delta.shape[2]
     new = torch.empty if channels else torch.zeros

@@ -77,6 +77,7 @@ class LocalVim(Described, VisionModel):
         depth: int = 20,  # blocks
         d_state: int = 16,  # N
         directions=('h', 'h_flip', 'w2', 'w2_flip'),  # a tuple for every layer, a list with one a layer, or `'search'`
+        *,
         scattn: str = 'channel',  # see `SCAttn`
         readout: str = 'mean',  # `'mean'` of the tokens, or a class token: `'head_cls'`, `'mid_cls'`
         rope: bool = True,  # rotate before every block

@@ -120,6 +120,7 @@ class LocalVMamba(VisionModel):
         d_state: int = 16,  # N
         directions=('h', 'h_flip', 'w2', 'w2_flip'),  # a tuple for every block, a list with one a block, or `'search'`
         scattn: str = 'channel',  # see `SCAttn`
+        *,
         padding: str = 'zeros',  # see `scan_order`
         drop_path_rate: float = 0.,  # of the last block; grows linearly from 0
         drop_rate: float = 0.,  # dropout before the classifier
