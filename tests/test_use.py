@@ -15,7 +15,6 @@ from torch.testing import assert_close
 import localmamba  # noqa: F401  registers the models
 from localmamba.export import model_card, to_onnx, to_pt2
 from localmamba.mixer import SS2D, VimMixer
-from localmamba.ssm import directional_scan
 
 NAMES = 'test_local_vim', 'test_local_vmamba'
 SMALL = dict(test_local_vim=dict(depth=1, img_size=16), test_local_vmamba=dict(dims=(16,), depths=(1,)))
@@ -66,19 +65,6 @@ def test_onnx_of_what_stands_on_a_model(kind, tmp_path):
     with torch.no_grad(): expected = model(images)
     outputs = [torch.from_numpy(y) for y in run.run(None, {'x': images.numpy()})]
     assert_close(outputs, expected if isinstance(expected, list) else [expected], rtol=1e-4, atol=1e-4)
-
-
-def test_padded_batches_equal_their_samples():
-    torch.manual_seed(0)
-    K, T, D, N, lengths = 2, 9, 8, 4, (5, 9, 3)
-    both = lambda n: torch.stack([torch.arange(n), torch.arange(n).flip(0)])
-    u, delta, A = torch.randn(3, T, D), torch.randn(3, K, T, D), -torch.rand(K, D, N)
-    B, C = torch.randn(2, 3, K, T, N)
-    real = torch.arange(T) < torch.tensor(lengths)[:, None]
-    y = directional_scan(u, delta.masked_fill(~real[:, None, :, None], -1e4), A, B, C, both(T))
-    for i, n in enumerate(lengths):
-        alone = directional_scan(u[i:i+1, :n], delta[i:i+1, :, :n], A, B[i:i+1, :, :n], C[i:i+1, :, :n], both(n))
-        assert_close(y[i:i+1, :, :n], alone)
 
 
 def test_an_encoder_of_segmentation_models_pytorch():
@@ -246,25 +232,6 @@ def test_what_would_be_pushed_to_the_hub(tmp_path, monkeypatch):
 def test_no_card_without_a_finished_run(tmp_path):
     with pytest.raises(ValueError, match='record: got .*; allowed: the folder of a finished run'):
         model_card(timm.create_model('test_local_vim'), tmp_path)
-
-
-# long sequences
-
-def test_a_sequence_in_pieces():
-    torch.manual_seed(0)
-    K, T, D, N = 2, 11, 8, 4
-    u, delta, A = torch.randn(3, T, D), torch.randn(3, K, T, D), -torch.rand(K, D, N)
-    B, C = torch.randn(2, 3, K, T, N)
-    order = torch.arange(T).expand(K, T)
-    whole, last = directional_scan(u, delta, A, B, C, order, return_last_state=True)
-    pieces, state = [], None
-    for piece in (slice(0, 4), slice(4, 5), slice(5, 11)):
-        steps = torch.arange(piece.stop - piece.start).expand(K, -1)
-        y, state = directional_scan(u[:, piece], delta[:, :, piece], A, B[:, :, piece], C[:, :, piece], steps,
-                                    return_last_state=True, initial_state=state)
-        pieces.append(y)
-    assert_close(torch.cat(pieces, 2), whole, rtol=1e-4, atol=1e-5)
-    assert_close(state, last, rtol=1e-4, atol=1e-5)
 
 
 # the page that tries a model
