@@ -30,10 +30,10 @@ def orders():
     figure.savefig(HERE/'orders3d.png', dpi=100)
 
 
-def trained(steps=250, batch=32):
+def trained(steps=200, batch=24):
     "A small model that reads digits on photographs, and scenes it has not seen."
     torch.manual_seed(0)
-    train, valid = digit_scenes(n_train=2000, n_valid=64)
+    train, valid = digit_scenes(n_train=1000, n_valid=64)
     tensor = lambda images: torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     model = timm.create_model('local_vmamba_nano', dims=(24, 48), depths=(1, 1), d_state=4)
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3)

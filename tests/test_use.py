@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.testing import assert_close
 
 import localmamba  # noqa: F401  registers the models
@@ -172,7 +173,7 @@ def test_parametrised_layers(family):
         def forward(self, weight): return 2 * weight
 
     for module, weight in ((mixer.out_proj, 'weight'), (mixer, 'x_proj'), (mixer.attn.channel_select, 'weight')):
-        nn.utils.parametrize.register_parametrization(module, weight, Doubled())
+        register_parametrization(module, weight, Doubled())
         after = mixer(x)
         assert not torch.equal(before, after)
         before = after
