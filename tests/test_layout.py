@@ -1,5 +1,6 @@
 "The house: a module imports only from notebooks above its own, stays short, and uses nobody's private names."
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -110,3 +111,19 @@ def allowed(node, path):
     decorators = {ast.unparse(d).split('(')[0].split('.')[-1] for d in node.decorator_list}
     operator = re.search(r'operator|the schema', ast.get_docstring(node) or '')
     return node.name in PUBLIC_BY_CONTRACT or decorators & {'jit', 'inlined'} or bool(operator)
+
+
+def test_the_tour_lists_the_rooms_in_order():
+    "The tour lists every notebook of the library once, in order."
+    listed = re.findall(r'\(lib/(\d\w*_\w+)\.ipynb\)', (ROOT/'nbs/index.ipynb').read_text())
+    assert listed == sorted(p.stem for p in (ROOT/'nbs/lib').glob('*.ipynb'))
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs').rglob('*.ipynb')), ids=lambda p: p.stem)
+def test_a_long_notebook_has_a_table_of_contents(path):
+    cells = [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'markdown']
+    sections = [heading for cell in cells for heading in re.findall(r'^## (.+)$', cell, re.M)]
+    if len(sections) < 7: return
+    contents = next((cell for cell in cells[:4] if '](#' in cell), '')
+    missing = [heading for heading in sections if f'](#{heading.replace(" ", "-")})' not in contents]
+    assert not missing, f'{missing}: python tests/contents.py writes the table'
