@@ -211,7 +211,7 @@ class Detector(nn.Module):
         sampling: int = 2,  # samples of a cell of a pooled box, each way
     ):
         super().__init__()
-        if num_classes < 1: raise ValueError(f'num_classes={num_classes} must be 1 or more')
+        if num_classes < 1: raise ValueError(f'num_classes: got {num_classes}; allowed: 1 or more')
         plain = len(set(backbone.strides)) == 1
         if plain and len(backbone.strides) > 1:
             raise ValueError(f'a plain backbone must give one map, not {len(backbone.strides)}: indices=(last block,)')
