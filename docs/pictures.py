@@ -8,7 +8,7 @@ import torch
 from matplotlib import pyplot as plt
 
 import localmamba  # noqa: F401  registers the models
-from localmamba.data import digit_scenes
+from localmamba.data import digit_scenes, load_data
 
 HERE = Path(__file__).parent
 
@@ -30,6 +30,16 @@ def orders():
     figure.savefig(HERE/'orders3d.png', dpi=100)
 
 
+def bundled():
+    "The model whose weights come with the package and photographs that it has not seen; None without CIFAR-10."
+    try:
+        model = timm.create_model('local_vmamba_nano.cifar10', pretrained=True).eval()
+        valid = load_data('cifar10', n_train=64, n_valid=64)[1]
+    except (RuntimeError, FileNotFoundError) as error: return print(f'digits instead: {error}')
+    mean, std = (torch.tensor(model.pretrained_cfg[n]).view(3, 1, 1) for n in ('mean', 'std'))
+    return model, valid, (torch.from_numpy(valid.images).permute(0, 3, 1, 2) / 255 - mean) / std
+
+
 def trained(steps=200, batch=24):
     "A small model that reads digits on photographs, and scenes it has not seen."
     torch.manual_seed(0)
@@ -48,8 +58,8 @@ def trained(steps=200, batch=24):
 
 
 def gradcam(panels=3):
-    "Scenes whose digit is read rightly, and where the score of that digit comes from."
-    (model, valid, images), kept = trained(), {}
+    "Pictures whose class is surest, and where the score of that class comes from."
+    (model, valid, images), kept = bundled() or trained(), {}
     model.norm.register_forward_hook(lambda module, given, features: kept.update(features=features))
     model.norm.register_full_backward_hook(lambda module, given, wanted: kept.update(wanted=wanted[0]))
     logits, labels = model(images), torch.from_numpy(valid.labels)
