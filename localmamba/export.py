@@ -358,7 +358,8 @@ def model_card(
     name = '.'.join(filter(None, (cfg.get('architecture'), cfg.get('tag'))))
     details = {'Parameters (M)': round(count_parameters(model) / 1e6, 3),
                'Multiply-accumulates (M)': round(count_flops(model, cfg['input_size'][1:]) / 1e6, 1),
-               'Image size': ' × '.join(map(str, cfg['input_size'])), 'Mean': list(cfg['mean']), 'Std': list(cfg['std']),
+               'Image size': ' × '.join(map(str, cfg['input_size'])),
+               'Mean': list(cfg['mean']), 'Std': list(cfg['std']),
                'Directions': layers if len(set(layers)) > 1 else layers[0], 'Gate': model.mixers[0].attn.mode}
     if record is not None: details |= _trained(record)
     usage = f"```python\nimport localmamba, timm\nmodel = timm.create_model('{name}', pretrained=True).eval()\n```"
