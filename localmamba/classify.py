@@ -148,7 +148,7 @@ def run_of(
 ) -> Run:
     "The run of settings, finished or not."
     label = f"{s['row'] or s['model']} {'seed ' + str(s['seed']) if s['epochs'] else 'evaluated'}"
-    data = identity(s['data_dir']) if s['dataset'] == 'folder' else None
+    data = identity(s['data_dir']) if s['data_dir'] and s['dataset'] != 'digits' else None
     return Run('imagenet', dataset_name('imagenet', record_name(s), data, root), described(s), label, root, data)
 
 def record_name(s):  # what the data of settings are called
