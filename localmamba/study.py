@@ -17,6 +17,7 @@ from .cost import CONVENTIONS, count_flops, count_parameters
 from .figures.tables import show_table
 from .files import identity
 from .memory import DATASETS
+from .models.backbone import made
 from .progress import StatusLine
 from .runs import collect, dataset_name, project_root, summarise
 import localmamba.models.localvim, localmamba.models.localvmamba
@@ -73,7 +74,7 @@ def small_model(
     else:
         own |= dict(embed_dim=embed_dim, depth=depth, img_size=size)
         if patch_size: own |= dict(rope_pretrained_grid=size // patch_size)
-    return timm.create_model(model, num_classes=num_classes, **{k: v for k, v in own.items() if v}, **options)
+    return made(model, num_classes=num_classes, **{k: v for k, v in own.items() if v}, **options)
 
 def model_facts(
     net,  # a model
