@@ -132,6 +132,7 @@ def _conv_fields(x, weight, bias, order, chunk):
     weight = weight.float().transpose(1, 2).contiguous()
     kept = [order.to(torch.int64).contiguous(), adjacent(x), weight, adjacent(bias)]
     m[CALL.order], m[CALL.limit] = kept[0].data_ptr(), x.shape[1]
+    m.kept.append(kept[0])
     fields = CALL.x, CALL.weight, CALL.bias
     for field, x, axes in zip(fields, kept[1:], ('brc', 'krc', 'kc')): enter(m, field, x, axes)
     return m, kept

@@ -345,14 +345,13 @@ def scan_table(tensors, order, delta_softplus, along_order, saved):
         delta_softplus, B.dim() == 3, C.dim() == 3)
     order = order.to(dtype=torch.int64).contiguous()
     m[CALL.order], m[CALL.saved] = order.data_ptr(), saved.data_ptr()
-    kept = [order]
+    kept = m.kept
+    kept += order, saved
     for field, x, axes in ((CALL.u, u, axes_of(u)), (CALL.delta, delta, 'bkrc'), (CALL.D, D, 'kc'),
                            (CALL.bias, delta_bias, 'kc'), (CALL.z, z, z is not None and axes_of(z))):
-        kept.append(x if x is None else adjacent(x) if axes == 'kc' else x.float())
-        enter(m, field, kept[-1], axes)
+        enter(m, field, x if x is None else adjacent(x) if axes == 'kc' else x.float(), axes)
     for field, x in ((CALL.A, A), (CALL.B, B), (CALL.C, C)):
-        kept.append(x.float())
-        enter(m, field, kept[-1], 'krc' if x.dim() == 3 else 'bkrc')
+        enter(m, field, x.float(), 'krc' if x.dim() == 3 else 'bkrc')
     return m, kept
 
 def _tokens(order): return int(order.max()) + 1 if order.numel() else 0
