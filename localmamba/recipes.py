@@ -61,7 +61,8 @@ def _check(name, default, value):  # one value of a recipe
     fits = isinstance(value, kinds) and len(value) == 2 and all(type(v) in (int, float) for v in value)
     if not fits or not all(least <= v <= most for v in value) or not max(value) or name in ('scale', 'ratio') and (
             value[0] > value[1]):
-        raise ValueError(f'recipe: {name}: got {value!r}; allowed: two numbers from {least} to {most}')
+        order = ', the smaller first' if name in ('scale', 'ratio') else ''
+        raise ValueError(f'recipe: {name}: got {value!r}; allowed: two numbers from {least} to {most}{order}')
 
 def recipe(
     name: str,  # a key of `recipes`
