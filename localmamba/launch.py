@@ -104,7 +104,7 @@ def about():
                  'threads'):
         print(f'{name:11}{env[name] if env[name] is not None else "none"}')
     waiting = os.environ.get('OMP_WAIT_POLICY', 'unset').lower()
-    advice = '' if waiting == 'passive' else '; several processes on these cores are faster with OMP_WAIT_POLICY=passive'
+    advice = '' if waiting == 'passive' else '; several processes at once are faster with OMP_WAIT_POLICY=passive'
     print(f'{"waiting":11}{waiting}{advice}')
     print('\nscan backends')
     for name, state in backends().items(): print(f'  {name:11}{state}')
