@@ -385,4 +385,4 @@ def check(
         passed &= ok
     return 0 if passed else 1
 
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and sys.argv[0].endswith('gpu_check.py'): sys.exit(main())

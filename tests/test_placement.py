@@ -22,6 +22,7 @@ from localmamba.train import CrossEntropy
 
 NAMES = sorted(set(timm.list_models('local_v*') + timm.list_models('test_local*') + timm.list_models('vim_*') +
                    timm.list_models('vmamba_*')))
+FAST = 'test_local_vim', 'test_local_vmamba', 'local_vim_tiny', 'local_vmamba_tiny', 'vim_tiny', 'vmamba_tiny'
 PACKAGE = Path(ssm.__file__).parent
 
 
@@ -72,7 +73,7 @@ def shorten(model):
 
 
 @pytest.mark.parametrize('whole', [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in NAMES])
 def test_models(name, whole, no_numbers, fake_gpu):
     "Classifier and loss. PyTorch's engine has no backward on a GPU that is not there: that is left to `gpu_check`."
     model = no_numbers(timm.create_model, name)
