@@ -19,6 +19,7 @@ import localmamba.models.localvmamba
 from .cost import CONVENTIONS, count_flops, count_parameters
 from .data import channel_stats, load_data, loaders, parse_augment
 from .models.bundled import write_bundled
+from .models.backbone import made
 from .models.weights import load_weights
 from .photos import eval_transform, photo_folder, photo_loaders, train_transform
 from .recipes import correct, fit_options, recipe, transform_options
@@ -125,7 +126,7 @@ def classifier(
     options = {k: tuple(v) if isinstance(v, list) and k != 'directions' else v for k, v in s['model_options'].items()}
     options.setdefault('drop_path_rate', chosen_recipe(s)['drop_path'])
     if s['size'] != 224 and s['model'].startswith(('local_vim', 'vim')): options.setdefault('img_size', s['size'])
-    model = timm.create_model(s['model'], pretrained=s['pretrained'], num_classes=classes, **options)
+    model = made(s['model'], pretrained=s['pretrained'], num_classes=classes, **options)
     return load_weights(model, s['checkpoint'], new_head=s['new_head']) if s['checkpoint'] else model
 
 def facts(s, classes):  # parameters and FLOPs, counted without numbers
@@ -149,7 +150,7 @@ def run_of(
 ) -> Run:
     "The run of settings, finished or not."
     label = f"{s['row'] or s['model']} {'seed ' + str(s['seed']) if s['epochs'] else 'evaluated'}"
-    data = identity(s['data_dir']) if s['dataset'] == 'folder' else None
+    data = identity(s['data_dir']) if s['data_dir'] and s['dataset'] != 'digits' else None
     return Run('imagenet', dataset_name('imagenet', record_name(s), data, root), described(s), label, root, data)
 
 def record_name(s):  # what the data of settings are called

@@ -134,10 +134,10 @@ class LocalVMamba(VisionModel):
         d_conv: int = 3,  # side of the mixers' convolution
     ):
         super().__init__()
-        if len(dims) != len(depths):
-            raise ValueError(f'depths: got {tuple(depths)}; allowed: as many stages as dims={tuple(dims)}')
         check_sizes(in_chans=in_chans, patch_size=patch_size, **{f'dims[{i}]': d for i, d in enumerate(dims)},
                     **{f'depths[{i}]': d for i, d in enumerate(depths)})
+        if len(dims) != len(depths):
+            raise ValueError(f'depths: got {tuple(depths)}; allowed: as many stages as dims={tuple(dims)}')
         check_rate(drop_path_rate=drop_path_rate, drop_rate=drop_rate)
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.num_features = self.head_hidden_size = dims[-1]
