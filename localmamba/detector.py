@@ -158,6 +158,7 @@ def losses(self: Heads, features, proposals, sizes, targets):
         what, where = fastrcnn_loss(logits, deltas, labels, offsets)
         parts = {'classes': parts['classes'] + weight * what, 'boxes': parts['boxes'] + weight * where}
         if k + 1 < len(self.weights): boxes = self.moved(k, deltas, boxes, sizes, least=0.01)
+    if not self.has_mask(): return parts
     logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, first[0], sizes)))
     return parts | {'masks': maskrcnn_loss(logits, first[0], [t['masks'] for t in targets],
                                            [t['labels'] for t in targets], first[1])}
@@ -177,7 +178,7 @@ def relabelled(self: Heads, k, boxes, targets):
 
 @patch
 def found(self: Heads, features, proposals, sizes):
-    "Boxes, labels, scores and masks (n, 1, 28, 28) of each image."
+    "Boxes, labels, scores and, with a mask head, masks (n, 1, 28, 28) of each image."
     boxes, probability = proposals, 0.
     for k in range(len(self.weights)):
         logits, deltas = self.predict(k, features, boxes, sizes)
@@ -186,9 +187,10 @@ def found(self: Heads, features, proposals, sizes):
     if len(self.weights) > 1:  # `postprocess_detections` takes logits, and offsets in the first head's scale
         logits, deltas = probability.log(), deltas * (self.coders[0].weights[0] / self.coders[-1].weights[0])
     boxes, scores, labels = self.postprocess_detections(logits, deltas, boxes, sizes)
+    whole = [dict(boxes=b, scores=s, labels=n) for b, s, n in zip(boxes, scores, labels)]
+    if not self.has_mask(): return whole
     logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, sizes)))
-    return [dict(boxes=b, scores=s, labels=n, masks=m) for b, s, n, m
-            in zip(boxes, scores, labels, maskrcnn_inference(logits, labels))]
+    return [one | dict(masks=m) for one, m in zip(whole, maskrcnn_inference(logits, labels))]
 
 # %% ../nbs/lib/35_detector.ipynb #3b7c2ccc
 class Detector(nn.Module):
@@ -209,12 +211,14 @@ class Detector(nn.Module):
         normed: bool | None = None,  # ViTDet's heads, which have norms; None: on a plain backbone
         convs: int = 4,  # convolutions of a head
         sampling: int = 2,  # samples of a cell of a pooled box, each way
+        masks: bool = True,  # a mask head; False: boxes alone
     ):
         super().__init__()
         if num_classes < 1: raise ValueError(f'num_classes: got {num_classes}; allowed: 1 or more')
         plain = len(set(backbone.strides)) == 1
         if plain and len(backbone.strides) > 1:
-            raise ValueError(f'a plain backbone must give one map, not {len(backbone.strides)}: indices=(last block,)')
+            raise ValueError(f'backbone: got {len(backbone.strides)} maps of one stride; allowed: one map of a plain '
+                             'backbone, indices=(last block,)')
         self.backbone, self.num_classes, self.in_chans, self.pad_to = backbone, num_classes, backbone.in_chans, pad_to
         self.stats = pixel_stats(backbone.model, backbone.in_chans)
         strides = [s * backbone.strides[0] // 4 for s in (1, 2, 4, 8)] if plain else list(backbone.strides)
@@ -232,12 +236,14 @@ class Detector(nn.Module):
         def box_head():
             return nn.Sequential(*normed_convs(channels, convs), nn.Flatten(), nn.Linear(49 * channels, width),
                                  nn.ReLU(inplace=True)) if normed else TwoMLPHead(49 * channels, width)
-        mask_head = nn.Sequential(*normed_convs(channels,
-                                                convs)) if normed else MaskRCNNHeads(channels, (channels,) * convs, 1)
+        mask_head = None
+        if masks: mask_head = (nn.Sequential(*normed_convs(channels, convs)) if normed
+                               else MaskRCNNHeads(channels, (channels,) * convs, 1))
         n = len(STAGES) if cascade else 1
         self.heads = Heads(box, [box_head() for _ in range(n)],
                            [BoxPredictor(width, num_classes, cascade) for _ in range(n)],
-                           mask, mask_head, MaskPredictor(channels, channels, num_classes),
+                           mask if masks else None, mask_head,
+                           MaskPredictor(channels, channels, num_classes) if masks else None,
                            samples=samples[1], score=score)
 
     def no_weight_decay(self):
@@ -292,6 +298,8 @@ def forward(self: Detector,
     targets=None,  # a dict an image: boxes (n, 4), labels (n,) from 1, masks (n, height, width); needed in training
 ):  # training: losses; evaluation: a dict an image (boxes, labels, scores, masks (n, 1, 28, 28)); with targets: the two
     "Losses, detections, or both."
+    if self.heads.has_mask() and any('masks' not in target for target in targets or ()):
+        raise ValueError('targets: got no masks; allowed: masks of every image, or a detector made with masks=False')
     if not self.training:
         parts = [self.once([image], None if targets is None else [t]) for image, t
                  in zip(images, targets or [None] * len(images))]
@@ -340,5 +348,6 @@ class Counted(nn.Module):
         channels = features['0'].shape[1]
         for head, predictor in zip(heads.box_head, heads.box_predictor):
             predictor(head(x.new_zeros(self.boxes, channels, 7, 7)))
-        masks = heads.mask_predictor(heads.mask_head(x.new_zeros(self.masks, channels, 14, 14)))
-        return self.net.rpn.head(list(features.values())), masks
+        masks = x.new_zeros(self.masks, channels, 14, 14) if heads.has_mask() else None
+        return (self.net.rpn.head(list(features.values())),
+                None if masks is None else heads.mask_predictor(heads.mask_head(masks)))

@@ -6,7 +6,7 @@
 __all__ = ['run_cells', 'launch_notebook', 'read_parameters', 'main', 'about']
 
 # %% ../nbs/lib/38_launch.ipynb #2e850039
-import argparse, json, tempfile
+import argparse, json, os, tempfile
 from pathlib import Path
 
 import torch
@@ -103,5 +103,8 @@ def about():
     for name in ('localmamba', 'python', 'torch', 'cuda', 'numba', 'fastai', 'timm', 'numpy', 'system', 'device',
                  'threads'):
         print(f'{name:11}{env[name] if env[name] is not None else "none"}')
+    waiting = os.environ.get('OMP_WAIT_POLICY', 'unset').lower()
+    advice = '' if waiting == 'passive' else '; several processes at once are faster with OMP_WAIT_POLICY=passive'
+    print(f'{"waiting":11}{waiting}{advice}')
     print('\nscan backends')
     for name, state in backends().items(): print(f'  {name:11}{state}')

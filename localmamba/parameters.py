@@ -103,7 +103,7 @@ def _refuse_number(name, default, value, words):
     limits = re.search(r'(-?\d+(?:\.\d+)?) to (-?\d+(?:\.\d+)?)\b', words)
     if limits: least, most = float(limits[1]), float(limits[2])
     elif isinstance(default, int) and default > 0 and not re.search(r'\b0\b', words): least = 1
-    no_rate = value == 0 and default and re.search(r'(^|_)lr$', name)
+    no_rate = value == 0 and default and re.search(r'(^|_)lr$', name) and name not in ('min_lr', 'start_lr')
     if not (math.isfinite(value) and least <= value <= most) or no_rate:
         above = ', not 0' if value == 0 and least == 0 else ''
         raise ValueError(f'parameter {name!r}: got {value!r}; allowed: {least:.15g} to {most:.15g}{above}'

@@ -79,7 +79,8 @@ def torchrun(
     "Run a module in several processes; what they print is shown in one line, the last of it in an error."
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes),
                '-m', *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    quiet = {'OMP_WAIT_POLICY': 'passive'} | os.environ   # threads of one process sleep while another works
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quiet)
     said, line = [], StatusLine()
     for text in process.stdout:
         said.append(text.rstrip())

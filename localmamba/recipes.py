@@ -13,6 +13,7 @@ from fastai.callback.core import Callback
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from .optim import Schedule, cosine
+from .parameters import refuse_values, same_kind
 from .processes import summed, unwrapped
 from .train import Record
 
@@ -39,16 +40,41 @@ RECIPES = {
 
 
 # %% ../nbs/lib/33_recipes.ipynb #682e3a8b
+_WORDS = dict(constant=('warmup', 'epoch', 'step'), rule=('study', 'release'), average=('pixels', 'labelled'))
+_SAID = (dict.fromkeys(('label_smoothing', 'drop_path', 'ema'), 'a share, 0 to 0.9999999')
+         | dict.fromkeys(('mix_prob', 'switch_prob', 'hflip', 'random_erasing', 'mirror', 'layer_decay',
+                          'cat_max_ratio'), 'a share, 0 to 1')
+         | dict.fromkeys(('warmup', 'cooldown_epochs', 'pad_to', 'aux_channels'), 'or 0'))
+_PAIRS = {'scale': (0, 1), 'ratio': (0, 100), 'limits': (1, 100_000), 'samples': (1, 100_000)}  # least and most
+
+def _check(name, default, value):  # one value of a recipe
+    if name == 'crop': default, value = [1], value if isinstance(value, (list, tuple)) else [value]
+    if not same_kind(default, value):
+        raise TypeError(f'recipe: {name}: got {value!r} ({type(value).__name__}); allowed: '
+                        f'{type(default).__name__}, such as {default!r}')
+    words = {key: allowed for key, allowed in _WORDS.items() if key == name}
+    try: refuse_values({name: default}, {name: value}, _SAID, **words)
+    except (TypeError, ValueError) as e: raise type(e)(str(e).replace(f'parameter {name!r}', f'recipe: {name}')) from e
+    if name == 'crop' and min(value) < 1: raise ValueError(f'recipe: crop: got {value}; allowed: whole numbers from 1')
+    if name not in _PAIRS: return
+    (least, most), kinds = _PAIRS[name], (list, tuple)
+    fits = isinstance(value, kinds) and len(value) == 2 and all(type(v) in (int, float) for v in value)
+    if not fits or not all(least <= v <= most for v in value) or not max(value) or name in ('scale', 'ratio') and (
+            value[0] > value[1]):
+        order = ', the smaller first' if name in ('scale', 'ratio') else ''
+        raise ValueError(f'recipe: {name}: got {value!r}; allowed: two numbers from {least} to {most}{order}')
+
 def recipe(
     name: str,  # a key of `recipes`
     recipes: dict = RECIPES,  # of classifiers; `DETECTION` and `SEGMENTATION` are the others
     **changes,  # other values; None leaves the recipe's
 ) -> dict:
-    "A recipe with some values changed; raises `ValueError` for names it does not have."
+    "A recipe with some values changed; raises `ValueError` or `TypeError` for names and values that make no sense."
     if name not in recipes: raise ValueError(f'recipe: got {name!r}; allowed: {", ".join(recipes)}')
     chosen, changes = recipes[name], {k: v for k, v in changes.items() if v is not None}
     unknown = sorted(changes.keys() - chosen.keys())
     if unknown: raise ValueError(f'recipe: got {", ".join(map(repr, unknown))}; allowed: {", ".join(chosen)}')
+    for key, value in changes.items(): _check(key, chosen[key], value)
     return chosen | (_shortened(chosen, changes['iterations']) if 'drops' in chosen and 'iterations' in changes
                      else {}) | changes
 

@@ -147,7 +147,7 @@ class SegmentationLoss:
         average: str = 'pixels',  # divide by all pixels as released, or by those with a label: 'labelled'
     ):
         if average not in ('pixels', 'labelled'):
-            raise ValueError(f"average={average!r} is unknown: allowed are 'pixels' and 'labelled'")
+            raise ValueError(f"average: got {average!r}; allowed: 'pixels', 'labelled'")
         self.aux_weight, self.average = aux_weight, average
     def one(self, logits, target):
         if target.shape[:1] != logits.shape[:1] or target.ndim != 3:
@@ -269,7 +269,7 @@ def confusion(
 ) -> Tensor:  # (n, n) int64: truth by prediction
     "How many pixels of each class were called what."
     if pred.shape != target.shape:
-        raise ValueError(f'pred has shape {tuple(pred.shape)}, target {tuple(target.shape)}: the same expected')
+        raise ValueError(f'pred: got shape {tuple(pred.shape)}; allowed: {tuple(target.shape)}, as target')
     kept = target != IGNORE
     target, pred = target[kept].long(), pred[kept].long()
     if target.numel() and not (0 <= min(target.min(), pred.min()) and max(target.max(), pred.max()) < n):
@@ -296,7 +296,7 @@ def slide(
 ) -> Tensor:  # (1, classes, H, W)
     "Logits of overlapping windows, averaged where they overlap."
     if any(not 1 <= s <= c for s, c in zip(stride, crop)):
-        raise ValueError(f'stride={stride} must lie between 1 and crop={crop}, or pixels are left out')
+        raise ValueError(f'stride: got {stride}; allowed: 1 to crop={crop}, or pixels are left out')
     size, total, seen = x.shape[2:], 0, torch.zeros_like(x[:1, :1])
     starts = [sorted({min(i * s, max(0, n - c)) for i in range(max(0, math.ceil((n - c) / s)) + 1)}) for n, c, s
               in zip(size, crop, stride)]
@@ -392,7 +392,7 @@ def fit_options(
     loss, every = SegmentationLoss(settings['aux_weight'],
                                    settings['average']), min(settings['every'], settings['iterations'])
     if settings['iterations'] % every:
-        raise ValueError(f"iterations={settings['iterations']} must be a multiple of every={every}")
+        raise ValueError(f"iterations: got {settings['iterations']}; allowed: a multiple of every={every}")
     return dict(epochs=settings['iterations'] // every, lr=settings['lr'], weight_decay=settings['weight_decay'],
                 losses=(loss, loss), record=SegmentationRecord,
                 schedule=Schedule(polynomial(settings['lr'], settings['warmup'], settings['power'])))

@@ -1,5 +1,8 @@
-"Within tests/suite.py, a line for each file whose tests are done."
+"""Within tests/suite.py, a line for each file whose tests are done.
+
+LOCALMAMBA_MESSAGES=list.txt pytest tests: every refusal that a test asks for, once, to be read in one list."""
 import os
+import re
 from collections import Counter
 
 import pytest
@@ -7,8 +10,14 @@ import pytest
 LEFT, TOOK = Counter(), Counter()
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items): LEFT.update(item.nodeid.split('::')[0] for item in items)
+#: Fixtures that take long and serve a file: what uses them stays in one process (`--dist loadgroup`).
+COSTLY = {'uninterrupted', 'searches', 'toy', 'served'}
+
+
+def pytest_collection_modifyitems(items):
+    LEFT.update(item.nodeid.split('::')[0] for item in items)
+    for item in items:
+        for name in COSTLY & set(getattr(item, 'fixturenames', ())): item.add_marker(pytest.mark.xdist_group(name))
 
 
 class Report:
@@ -24,6 +33,21 @@ class Report:
         if not LEFT[file]: print(f'\nfinished {file} {TOOK[file]:.1f}', flush=True)
 
 
+def keep_messages(file):
+    "Write what `pytest.raises` catches: test, kind and words; those that differ in numbers or folders alone, once"
+    from _pytest.raises import RaisesExc
+    seen, leave = set(), RaisesExc.__exit__
+    def kept(self, kind, error, trace):
+        words = f'{type(error).__name__}: {error}' if error else ''
+        key = re.sub(r"/[^ ':;,]*/|\d+|'[^']*'", '', words)
+        if error is not None and key not in seen:
+            seen.add(key)
+            with open(file, 'a') as f: f.write(f"{os.environ.get('PYTEST_CURRENT_TEST')}\n    {words[:600]}\n")
+        return leave(self, kind, error, trace)
+    RaisesExc.__exit__ = kept
+
+
 def pytest_configure(config):
+    if file := os.environ.get('LOCALMAMBA_MESSAGES'): keep_messages(file)
     worker = hasattr(config, 'workerinput')
     if os.environ.get('LOCALMAMBA_SUITE') and not worker: config.pluginmanager.register(Report())

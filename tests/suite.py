@@ -51,7 +51,8 @@ def notebooks(progress):
 
 def tests(progress):
     "Run pytest; `conftest` writes a line for each file that is done. True if all pass."
-    process = subprocess.Popen([sys.executable, '-m', 'pytest', '-n', '2'], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    command = [sys.executable, '-m', 'pytest', '-n', '2', '--dist', 'loadgroup', '--durations', '20']
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
                                env=os.environ | {'LOCALMAMBA_SUITE': '1', 'PYTHONUNBUFFERED': '1'})
     for line in process.stdout:
         if found := re.match(r'finished (tests/\S+) ([\d.]+)', line): progress.finished(found[1], float(found[2]))

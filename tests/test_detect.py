@@ -32,9 +32,11 @@ from localmamba.detect import (DetectionLoader, EvalTransform, TrainTransform, a
                                load_detector, loaders, predict, restored, steps)
 from localmamba.mixer import without_facts
 from localmamba.recipes import DETECTION, recipe
+from localmamba.figures import plot_instances
 from localmamba.models.backbone import Backbone
 from localmamba.models.weights import to_released
 from localmamba.scan import inverse_order, scan_order
+from localmamba.train import fit
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT/'nbs/configs/coco').glob('*.yaml'))
@@ -426,6 +428,40 @@ def test_wrong_words():
     with pytest.raises(ValueError, match="augment: got 'crop'"): TrainTransform('crop')
     with pytest.raises(ValueError, match='num_classes: got 0'): detector('test_local_vim', 0)
     with pytest.raises(ValueError, match="recipe: got 'paper'"): recipe('paper', DETECTION)
+
+
+@pytest.mark.parametrize('augment, name, cascade', [('resize', 'test_local_vim', False),
+                                                    ('jitter', 'test_local_vmamba', True)])
+def test_boxes_alone_are_learnt_and_judged(root, tmp_path, augment, name, cascade):
+    "Files of another labelling tool: no segmentation, ids from 0, an image without anything, one box at the edge"
+    home = shutil.copytree(root, tmp_path/'set')
+    for path in (home/'annotations').glob('*.json'):
+        held = json.loads(path.read_text())
+        for i, a in enumerate(held['annotations']): a['id'] = i; del a['segmentation'], a['area'], a['iscrowd']
+        held['annotations'][0]['bbox'] = [70, 50, 20, 20]
+        held['annotations'] = [a for a in held['annotations'] if a['image_id'] != 2]
+        path.write_text(json.dumps(held))
+    with pytest.raises(ValueError, match='masks=False reads boxes alone'): coco_instances(home)
+    train, valid = (coco_instances(home, split, masks=False) for split in ('training', 'validation'))
+    settings = recipe('scenes', DETECTION, iterations=2, every=1, batch_size=2, augment=augment, limits=(64, 48),
+                      warmup=0)
+    def build(): return detector(name, 10, masks=False, cascade=cascade, channels=8, width=16, proposals=30,
+                                 samples=(32, 16), anchor_scale=4)
+    with pytest.raises(ValueError, match='valid: got masks=True'): loaders(train, coco_instances(root), settings)
+    metrics, history = fit(build, loaders(train, valid, settings, device='cpu'), seed=1,
+                           **fit_options(settings, len(train)))
+    assert {k for k in metrics if 'mask' in k} == set() and np.isfinite(metrics['train_boxes'])
+    assert metrics['AP_box'] is not None and len(history) == 2
+    net = build().eval()
+    assert not any('mask' in k for k in net.state_dict())
+    found = evaluate(net, valid.take([0]), limits=None)[0]
+    assert 'AP_mask' not in average_precision(valid, found)[0] and 'segmentation' not in (found or [{}])[0]
+    plot_instances([valid[0][0]], {'truth': [valid[0][1]]}, valid.classes)
+    assert len(net.eval()([torch.zeros(3, 64, 64)])) == 1 and count_flops(Counted(net), (64, 64)) > 0
+    whole = detector('test_local_vmamba', **SMALL)
+    image, target = sample((48, 48), 1)
+    del target['masks']
+    with pytest.raises(ValueError, match='targets: got no masks'): whole([image], [target])
 
 
 # --- the experiment

@@ -91,7 +91,7 @@ def segmenter_run(folder, home):
 
 
 def detector_run(folder, home):
-    from localmamba.data import coco_instances
+    from localmamba.coco import coco_instances
     from localmamba.detect import detector, fit_options, head_options, loaders
     from localmamba.recipes import DETECTION, recipe
     settings = recipe('scenes', DETECTION, iterations=2, every=1, batch_size=2, warmup=0, channels=8, width=16)
@@ -129,7 +129,8 @@ def at_the_end(work, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['segmentation', 'detection'])
 def test_killed_after_the_last_checkpoint(tmp_path, kind):
-    from localmamba.data import ade20k_scenes, coco_scenes
+    from localmamba.ade20k import ade20k_scenes
+    from localmamba.coco import coco_scenes
     torch.set_num_threads(1)
     if kind == 'segmentation':
         home = ade20k_scenes(4, 2, tmp_path)
@@ -312,6 +313,26 @@ def test_other_data_under_the_same_name_are_another_run(tmp_path, capsys):
     assert 'these data are' in capsys.readouterr().out
     with pytest.raises(ValueError, match='data: got 2 files of 6 bytes .* is of 2 files of 6 bytes'):
         Run('exp', 'photos', {'seed': 0}, 'a run', tmp_path, identity(tmp_path/'photos')).finished
+
+
+def test_every_study_keeps_other_data_elsewhere(tmp_path, monkeypatch, capsys):
+    from localmamba.files import write_text
+    from localmamba.study import kept_as
+    monkeypatch.chdir(tmp_path)
+    for path in ('one/train/a/1.png', 'two/photos/train/a/1.png'): write_text(tmp_path/path, path)
+    def kept(dataset, path, record=''):
+        return kept_as('ablation_scan', dict(dataset=dataset, data_dir=path, record=record))
+    assert kept('digits', '') == ('digits', None)
+    name, data = kept('folder', 'one')
+    Run('ablation_scan', name, {'seed': 0}, 'a run', data=data).start().finish({'top1': 1.})
+    assert kept('folder', 'one') == ('folder', data)
+    other, second = kept('folder', 'two/photos')
+    assert other == f"folder-{second['identity'][:8]}" and 'their results go to' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='data: got 1 files'):
+        Run('ablation_scan', kept('folder', 'two', 'folder')[0], {'seed': 0}, 'a run', data=second).finished
+    for dataset, path, words in (('folder', '', 'data_dir'), ('imagenet', 'one', "got 'imagenet'")):
+        with pytest.raises(ValueError, match=words): kept(dataset, path)
+    with pytest.raises(FileNotFoundError, match='no files are there'): kept('folder', 'nowhere')
 
 
 def test_records_that_say_nothing_stay_valid(tmp_path):

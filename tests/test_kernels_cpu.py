@@ -1,12 +1,13 @@
 "The CPU kernels in processes, threads and odd installations: what the notebook cannot hold."
+import importlib.util
 import multiprocessing as mp
-import os, shutil, subprocess, sys, threading
+import os, shutil, signal, subprocess, sys, threading, time, warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from localmamba.kernels import cpu
+from localmamba.kernels import cpu, workers
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(cpu.reason() is not None, reason=str(cpu.reason()))
@@ -142,6 +143,76 @@ with warnings.catch_warnings(record=True) as seen:
 print([str(w.message) for w in seen])
 '''
     assert 'NUMBA_CACHE_DIR' in run(code)
+
+def test_a_damaged_kept_kernel_is_named_and_compiled_again(tmp_path):
+    "Cut off, empty, of other bytes, or a folder in its place: numba's own files beside a kernel's source."
+    (tmp_path/'tiny.py').write_text('def tiny(p): pass\n')
+    def fresh():
+        spec = importlib.util.spec_from_file_location('tiny', tmp_path/'tiny.py')
+        module = importlib.util.module_from_spec(spec)
+        sys.modules['tiny'] = module
+        spec.loader.exec_module(module)
+        return workers._c_function(module.tiny)
+    try:
+        fresh()
+        for damage in (b'', b'half', bytes(range(256)) * 9):
+            kept = sorted(tmp_path.rglob('*.nb?'))
+            assert len(kept) == 2
+            for file in kept: file.write_bytes(damage)
+            with pytest.warns(UserWarning, match='the kept kernel .*tiny.*cannot be used .*compiled anew'):
+                kernel = fresh()
+            workers.ctypes.CFUNCTYPE(None, workers.ctypes.c_void_p)(kernel.address)(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter('error')
+                fresh(), fresh()  # written again, read again
+    finally: sys.modules.pop('tiny', None)
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
+def test_a_fork_while_another_thread_compiles():
+    from numba.core.compiler_lock import global_compiler_lock as lock
+    held = threading.Event()
+    def compile_slowly():
+        with lock: held.set(), time.sleep(.3)
+    thread = threading.Thread(target=compile_slowly)
+    thread.start(), held.wait()
+    child = os.fork()
+    if not child:
+        with lock: os._exit(7)
+    done, until = (0, 0), time.monotonic() + 20
+    while not done[0] and time.monotonic() < until: done = os.waitpid(child, os.WNOHANG); time.sleep(.01)
+    if not done[0]: os.kill(child, signal.SIGKILL), os.waitpid(child, 0)
+    thread.join()
+    assert done[0] and os.waitstatus_to_exitcode(done[1]) == 7
+
+def test_helpers_have_stopped_before_an_interruption_goes_on(monkeypatch):
+    at_work, ended = threading.Event(), []
+    def call(table):
+        if threading.current_thread() is threading.main_thread():
+            at_work.wait()
+            raise KeyboardInterrupt
+        at_work.set(), time.sleep(.1), ended.append(table)
+    monkeypatch.setattr(workers, '_team', lambda: None)
+    with pytest.raises(KeyboardInterrupt): workers._run(None, call, 0, 2, ())
+    assert ended == [0]
+
+@pytest.mark.skipif(not hasattr(signal, 'setitimer'), reason='no timers')
+def test_interrupted_scans_leave_nothing_behind(monkeypatch):
+    "Ctrl-C again and again while Python's helper threads run: memory stays whole, the next result is right."
+    monkeypatch.setattr(workers, '_team', lambda: None)
+    before, want, stopped = torch.get_num_threads(), gradients(), 0
+    torch.set_num_threads(2)
+    try:
+        for i in range(30):
+            signal.signal(signal.SIGALRM, signal.default_int_handler)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, .0005 + .0002 * i)
+                for _ in range(3): gradients()
+            except KeyboardInterrupt: stopped += 1
+            finally: signal.setitimer(signal.ITIMER_REAL, 0)
+        assert stopped > 5 and equal(gradients(), want)
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        torch.set_num_threads(before)
 
 def test_without_numba():
     out = run("import sys; sys.modules['numba'] = None\nfrom localmamba.kernels import cpu; print(cpu.reason())")

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from localmamba.launch import main, read_parameters, run_cells
+from localmamba.recipes import DETECTION, RECIPES, SEGMENTATION, recipe
 from test_detect import TINY as COCO
 from test_segment import TINY as ADE20K
 
@@ -62,13 +64,101 @@ def test_every_experiment_refuses_at_once_and_leaves_no_record(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     lists = {'imagenet': {}, 'coco': {'scene_size': []}, 'ade20k': {'scene_kinds': []}}[name]
     for wrong in ({'n_train': -1}, {'n_valid': 'many'}, {'seed': -1}, {'amp': 'fp8'}, {'recipe_name': 'best'},
-                  {'model': ''},
+                  {'model': ''}, *([{'recipe_options': {'epochs': -3}}] if name == 'imagenet' else []),
                   {'threads': 1.5}, {'sede': 1}, {'data_dir': 'nowhere'}, *([lists] if lists else [])):
         with pytest.raises((ValueError, TypeError, FileNotFoundError)) as said:
             run_cells(ROOT/f'nbs/{name}.ipynb', wrong)
         (given, value), = wrong.items()
-        assert given in str(said.value) or value == 'nowhere' and 'nowhere' in str(said.value), said.value
+        assert given.removesuffix('_options') in str(said.value) or 'nowhere' in str(said.value), said.value
     assert not (tmp_path/'results').exists()
+
+
+def photographs(home):
+    for split in ('train', 'val'):
+        for i, cls in enumerate(('Äpfel und Birnen', 'b')):
+            for n in range(4):
+                (home/split/cls).mkdir(parents=True, exist_ok=True)
+                pixels = np.random.default_rng(n).integers(0, 256, (20, 24, 3), dtype=np.uint8) // (1 + i)
+                Image.fromarray(pixels).save(home/split/cls/f'Größe {n}.png')
+    return home
+
+
+def test_a_folder_of_photographs_without_a_configuration(tmp_path, monkeypatch, capsys):
+    "`imagenet -p data_dir photos`, begun elsewhere, in folders with blanks and umlauts, all else as it is declared"
+    import torch
+    folder = photographs(tmp_path/'meine Bilder'/'Obst für später').parent
+    monkeypatch.chdir(folder)
+    small = {'model': 'test_local_vim', 'model_options': {}, 'epochs': 1}  # the default takes half a minute
+    told = run_cells(ROOT/'nbs/imagenet.ipynb', {'data_dir': 'Obst für später', **small})
+    assert told['run'].finished and told['run'].dir.is_relative_to(folder/'results/imagenet/Obst-für-später')
+    assert told['classes'] == ('b', 'Äpfel und Birnen') or told['classes'] == ('Äpfel und Birnen', 'b')
+    said = capsys.readouterr().out
+    assert f'no settings.ini in {folder} or above: data/ and results/ are those of this folder' in said
+    pixels = 200 * np.ones((20, 24, 3), np.uint8)
+    Image.fromarray(pixels).save(folder/'Obst für später/train/b/Größe 0.png')
+    again = run_cells(ROOT/'nbs/imagenet.ipynb', {'data_dir': 'Obst für später', **small})
+    assert again['run'].dir != told['run'].dir and 'their results go to' in capsys.readouterr().out
+    torch.set_num_threads(1)
+
+
+@pytest.mark.slow
+def test_as_a_person_types_it(tmp_path):
+    "One argument of papermill, LC_ALL=C, blanks and umlauts, from another folder: the whole default run of imagenet"
+    folder = project(tmp_path/'mein Päckchen')
+    photographs(folder/'Fotos für später')
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('LC_', 'LANG'))}
+    env |= {'PYTHONPATH': str(ROOT), 'LC_ALL': 'C', 'MPLBACKEND': 'agg', 'OMP_NUM_THREADS': '1'}
+    def papermill(where, *words):
+        done = subprocess.run([sys.executable, '-m', 'papermill', *words], cwd=where, env=env, capture_output=True)
+        assert done.returncode == 0, (done.stdout[-500:], done.stderr[-3000:])
+        return done
+    few = ['-p', 'n_train', '64', '-p', 'n_valid', '20', '-p', 'epochs', '1', '-y', 'rows: [horizontal]', '-y',
+           'seeds: [0]']
+    done = papermill(folder, 'nbs/ablation_scan.ipynb', *few)
+    assert json.loads(done.stdout)['cells'] and (folder/'results/ablation_scan/digits/table.csv').exists()
+    papermill(folder/'nbs', 'ablation_scan.ipynb', '../aus gegeben.ipynb', *few, '-p', 'dataset', 'folder', '-p',
+              'data_dir', str(folder/'Fotos für später'), '-p', 'batch_size', '4', '-p', 'n_valid', '0', '-p',
+              'n_train', '0')
+    assert (folder/'aus gegeben.ipynb').exists() and (folder/'results/ablation_scan/folder/table.csv').exists()
+    papermill(folder, 'nbs/imagenet.ipynb', 'out.ipynb', '-p', 'data_dir', 'Fotos für später')
+    assert (folder/'results/imagenet/Fotos-für-später/table.csv').exists()
+
+
+WRONG = [('small', {'epochs': -3}), ('small', {'epochs': 1.5}), ('small', {'lr': 0.}), ('small', {'lr': '1e-3'}),
+         ('small', {'batch_size': 0}), ('paper', {'ema': 1.}), ('paper', {'drop_path': -.1}), ('paper', {'hflip': 2}),
+         ('paper', {'scale': [1., .5]}), ('paper', {'scale': []}), ('paper', {'scale': [.1, .2, .3]}),
+         ('paper', {'constant': 'never'}), ('paper', {'rule': 'mine'}), ('paper', {'repeats': 10**12}),
+         ('paper', {'weight_decay': float('nan')}), ('paper', {'mixup': float('inf')}), ('paper', {'after': 'yes'}),
+         ('1x', {'drops': [-1]}), ('1x', {'drops': ['a']}), ('1x', {'limits': [800]}), ('1x', {'samples': [0, 1]}),
+         ('1x', {'mirror': 1.5}), ('release', {'crop': 0}), ('release', {'crop': [512, -1]}),
+         ('release', {'average': 'all'}), ('release', {'ratio': [2., .5]}), ('release', {'photometric': 1})]
+
+@pytest.mark.parametrize('name, changes', WRONG, ids=str)
+def test_recipes_refuse_what_makes_no_sense(name, changes):
+    (key, value), = changes.items()
+    for recipes in (RECIPES, DETECTION, SEGMENTATION):
+        if name not in recipes or key not in recipes[name]: continue
+        with pytest.raises((ValueError, TypeError), match=f'recipe: {key}: got .*allowed: '):
+            recipe(name, recipes, **changes)
+
+
+def test_recipes_take_what_makes_sense():
+    for recipes in (RECIPES, DETECTION, SEGMENTATION):
+        for name, values in recipes.items(): assert recipe(name, recipes, **values) == values
+    assert recipe('release', SEGMENTATION, crop=[64, 32], ratio=[1, 1], warmup=0)['crop'] == [64, 32]
+    assert recipe('paper', min_lr=0., ema=0., mixup=0, epochs=1, scale=(.5, 1))['min_lr'] == 0
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(model='local_vim_nana'), "model: got 'local_vim_nana'; allowed: a name of timm.* local_vim_nano"),
+    (dict(model='test_local_vim', model_options={'embd_dim': 8}), 'model_options: got .*embd_dim'),
+    (dict(model='test_local_vim', model_options={'embed_dim': -8}), 'model_options: got .*embed_dim|embed_dim: got'),
+    (dict(model='test_local_vmamba', model_options={'dims': 'wide'}), 'model_options: got|dims'),
+    (dict(model='test_local_vim', model_options={'patch_size': 0}), 'model_options: got|patch_size: got'),
+    (dict(model='test_local_vim', model_options={'depth': 2.5}), 'model_options: got|depth: got')])
+def test_models_that_cannot_be_made_are_named(options, words):
+    from localmamba.classify import classifier, settings
+    with pytest.raises((ValueError, TypeError), match=words): classifier(settings(**options), 10)
 
 
 @pytest.mark.parametrize('parameters',

@@ -68,7 +68,7 @@ def _draw_instance(ax, colour, mask, box, text):
 
 def plot_instances(
     images,  # (H, W, 3) uint8, one a column
-    rows: dict,  # name -> a dict an image: boxes (n, 4), labels (n,) from 1, masks (n, H, W), predictions also scores
+    rows: dict,  # name -> a dict an image: boxes (n, 4), labels (n,) from 1; masks (n, H, W) and scores where there are
     classes,  # names
     least: float = .5,  # predictions with a lower score are not drawn
     panel: float = 2.3,  # width of a panel, inches
@@ -85,7 +85,8 @@ def plot_instances(
             kept = [i for i, score in enumerate(scores) if score is None or score >= least]
             for i in kept:
                 text = classes[one['labels'][i] - 1] + ('' if scores[i] is None else f' {scores[i]:.2f}')
-                _draw_instance(ax, colours[i % 8], np.asarray(one['masks'][i], bool), one['boxes'][i], text)
+                mask = np.asarray(one['masks'][i], bool) if 'masks' in one else np.zeros(image.shape[:2], bool)
+                _draw_instance(ax, colours[i % 8], mask, one['boxes'][i], text)
             ax.set(xticks=[], yticks=[], xlim=(-.5, image.shape[1] - .5),
                    ylim=(image.shape[0] - .5, -.5)), sns.despine(ax=ax, left=True, bottom=True)
         row[0].set_ylabel(name, fontsize=9)

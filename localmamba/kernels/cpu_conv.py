@@ -9,7 +9,7 @@ __all__ = ['CONV_STEPS', 'CALL', 'tap_rows', 'tap_sum', 'conv_gather', 'conv_sca
 import numpy as np
 import torch
 
-from .functions import sigmoid
+from .functions import sigmoid, silu
 from localmamba.kernels.vector import (
     VB, WIDTH, flush_denormals, fma, inlined, load, load_index, next_task, read, restore, splat, store, store_index,
     store_part, write)
@@ -54,12 +54,12 @@ def _conv_forward(p):
             out = at(m, CALL.y, b, k) + t * m[CALL.y.row]
             for v in range(m[CALL.channels] // WIDTH):
                 x = tap_sum(m, k, v * WIDTH, WIDTH, rows)
-                store(out + v * VB, x * sigmoid(x))
+                store(out + v * VB, silu(x))
             lanes = m[CALL.channels] % WIDTH
             if lanes:
                 d = m[CALL.channels] - lanes
                 x = tap_sum(m, k, d, lanes, rows)
-                store_part(out + 4 * d, x * sigmoid(x), lanes)
+                store_part(out + 4 * d, silu(x), lanes)
         task = next_task(m.ctypes.data)
     restore(old)
 
@@ -132,6 +132,7 @@ def _conv_fields(x, weight, bias, order, chunk):
     weight = weight.float().transpose(1, 2).contiguous()
     kept = [order.to(torch.int64).contiguous(), adjacent(x), weight, adjacent(bias)]
     m[CALL.order], m[CALL.limit] = kept[0].data_ptr(), x.shape[1]
+    m.kept.append(kept[0])
     fields = CALL.x, CALL.weight, CALL.bias
     for field, x, axes in zip(fields, kept[1:], ('brc', 'krc', 'kc')): enter(m, field, x, axes)
     return m, kept

@@ -15,7 +15,7 @@ from collections import namedtuple
 import numpy as np
 import torch
 
-from .functions import LOG2E, clamp, exp2_product, sigmoid, softplus
+from .functions import LOG2E, clamp, exp2_product, silu, softplus
 from .vector import (
     BLOCK, SIDE, STRIP, VB, WIDTH, dot_columns, flush_denormals, fma, hmax, inlined, load, load1, load_index,
     load_part, load_scalars, load_states, load_strip, max_columns, next_task, prefetch, restore, splat, store,
@@ -180,7 +180,7 @@ def prepare(m, task, v, steps, s, frame):
         fetch_field(m, CALL.z, task, v, frame + FRAME.tokens, steps, s + STEP.gate)
         for t in range(0, steps, STRIP):
             z = load_strip(s + STEP.gate + t * VB, 0)
-            store_tile(s + STEP.gate + t * VB, 0, z * sigmoid(z))
+            store_tile(s + STEP.gate + t * VB, 0, silu(z))
     return largest
 
 @inlined
@@ -201,7 +201,9 @@ Values = namedtuple('Values', 'b step_b c step_c')   # addresses of B and C of a
 def decay(general, x, a, q):
     "exp(x * a), a in units of log2(e)."
     if general is None: return exp2_product(x, a, q)
-    else: return exp2_product(clamp(x * a, 126.0), splat(1.0), q)
+    t = x * a
+    beyond = vmax(splat(0.0), t - splat(128.0)) * splat(3e38) * splat(3e38)   # infinite where the power is
+    return exp2_product(clamp(t, 126.0), splat(1.0), q) + beyond
 
 @inlined
 def values(general, p, n):
@@ -343,14 +345,13 @@ def scan_table(tensors, order, delta_softplus, along_order, saved):
         delta_softplus, B.dim() == 3, C.dim() == 3)
     order = order.to(dtype=torch.int64).contiguous()
     m[CALL.order], m[CALL.saved] = order.data_ptr(), saved.data_ptr()
-    kept = [order]
+    kept = m.kept
+    kept += order, saved
     for field, x, axes in ((CALL.u, u, axes_of(u)), (CALL.delta, delta, 'bkrc'), (CALL.D, D, 'kc'),
                            (CALL.bias, delta_bias, 'kc'), (CALL.z, z, z is not None and axes_of(z))):
-        kept.append(x if x is None else adjacent(x) if axes == 'kc' else x.float())
-        enter(m, field, kept[-1], axes)
+        enter(m, field, x if x is None else adjacent(x) if axes == 'kc' else x.float(), axes)
     for field, x in ((CALL.A, A), (CALL.B, B), (CALL.C, C)):
-        kept.append(x.float())
-        enter(m, field, kept[-1], 'krc' if x.dim() == 3 else 'bkrc')
+        enter(m, field, x.float(), 'krc' if x.dim() == 3 else 'bkrc')
     return m, kept
 
 def _tokens(order): return int(order.max()) + 1 if order.numel() else 0

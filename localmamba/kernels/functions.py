@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXP2', 'MAGIC', 'LOG2E', 'LN2', 'exp2_product', 'clamp', 'exp', 'softplus_of', 'sigmoid_of', 'exp_minus', 'softplus',
-           'sigmoid']
+           'sigmoid', 'silu']
 
 # %% ../../nbs/lib/04a_functions.ipynb #afad9929
 import math
@@ -72,3 +72,9 @@ def softplus(x):
 def sigmoid(x):
     "1 / (1 + exp(-x))."
     return sigmoid_of(x, exp_minus(x))
+
+@inlined
+def silu(x):
+    "x sigmoid(x); NaN for minus infinity, where the sigmoid is 0."
+    low = vmin(splat(0.0), x)
+    return fma(x, sigmoid(x), low - low)
