@@ -363,7 +363,7 @@ def main(
     unknown = sorted(set(given.parts) - set(PARTS))
     if unknown: parser.error(f"part: got {', '.join(unknown)}; allowed: {', '.join(PARTS)}")
     if gpu.reason() and not given.quick:
-        print(f'Nothing was checked: a GPU is needed, and the kernels for it say: {gpu.reason()}. '
+        print(f'Nothing was checked, since a GPU is needed. Backend triton: {gpu.reason()}. '
               '`--quick` tries every part at tiny sizes on the CPU.')
         return 2
     with tempfile.TemporaryDirectory() as away:  # tiny sizes leave no record unless a folder is named
