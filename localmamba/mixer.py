@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'SCATTN_PLACES', 'MERGES', 'pack', 'unpack', 'Described', 'facts_in', 'without_facts', 'check_directions',
-           'layer_directions', 'check_sizes', 'check_choice', 'check_map', 'check_tokens', 'ScanMixer', 'VimMixer',
-           'SS2D']
+           'layer_directions', 'check_sizes', 'check_choice', 'fixed_size', 'check_map', 'check_tokens',
+           'start_weights', 'ScanMixer', 'VimMixer', 'SS2D']
 
 # %% ../nbs/lib/11_mixer.ipynb #536bfb7e
 import json
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .scan import DIRECTIONS, PADDINGS, order_table, parse_direction
 from .scattn import MODES, SCAttn
@@ -132,6 +133,15 @@ def check_choice(
         if given not in allowed: raise ValueError(f"{name}: got {given!r}; allowed: {', '.join(map(repr, allowed))}")
 
 # %% ../nbs/lib/11_mixer.ipynb #aee66aa0
+def fixed_size(
+    x: Tensor,  # anything
+    *axes: int,  # those whose sizes everything after this depends on, from the last one to the first
+) -> Tensor:  # x
+    "Have a graph that `torch.jit.trace` makes refuse other sizes; without a trace, nothing."
+    if not torch.jit.is_tracing(): return x
+    for axis in axes: x = x.unflatten(axis, (int(x.shape[axis]), 1)).flatten(axis, axis + 1)
+    return x
+
 def check_map(
     x,  # what a mixer was given
     dim: int,  # channels that it expects
@@ -167,6 +177,12 @@ def check_tokens(
 
 # %% ../nbs/lib/11_mixer.ipynb #d6267263
 SCATTN_PLACES, MERGES = ('branch', 'merged'), ('sum', 'mean')
+
+def start_weights(
+    weight: Tensor,  # changed in place
+):
+    "Truncated normal with standard deviation 0.02, as released; a fake tensor has no numbers to draw."
+    if not isinstance(weight, FakeTensor): nn.init.trunc_normal_(weight, std=0.02)
 
 # %% ../nbs/lib/11_mixer.ipynb #832434f2
 class ScanMixer(Described):
@@ -274,10 +290,10 @@ class VimMixer(ScanMixer):
 
     def reset_parameters(self, depth: int = 1):
         "As released: every linear map trunc_normal(0.02) with zero bias, Δ's included; `out_proj` scaled by `depth`."
-        for weight in (self.in_proj.weight, self.x_proj, self.dt_proj): nn.init.trunc_normal_(weight, std=0.02)
+        for weight in (self.in_proj.weight, self.x_proj, self.dt_proj): start_weights(weight)
         nn.init.zeros_(self.dt_bias)
         for linear in (m for m in self.attn.modules() if isinstance(m, nn.Linear)):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
+            start_weights(linear.weight)
             nn.init.zeros_(linear.bias)
         nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
         with torch.no_grad(): self.out_proj.weight /= math.sqrt(depth)
@@ -295,6 +311,7 @@ class VimMixer(ScanMixer):
         "Mix the tokens; raises `ValueError` unless x is a map (B, H, W, D) or tokens of the given size."
         if isinstance(x, Tensor) and x.ndim == 4:
             check_map(x, self.dim)
+            x = fixed_size(x, 2, 1)
             return self(x.flatten(1, 2), *x.shape[1:3]).view(x.shape)
         check_tokens(x, self.dim, height, width, cls_index)
         order = order_table(self.directions, height, width, self.padding, cls_index, self.flip_cls, x.device)
@@ -326,7 +343,7 @@ class SS2D(ScanMixer):
     def reset_parameters(self, dt_min: float = 1e-3, dt_max: float = 0.1):
         "As released: Δ starts log-uniform in [dt_min, dt_max], the linear layers at trunc_normal(0.02)."
         for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
+            start_weights(linear.weight)
             if linear.bias is not None: nn.init.zeros_(linear.bias)
         nn.init.uniform_(self.x_proj, -self.d_inner**-0.5, self.d_inner**-0.5)
         nn.init.uniform_(self.dt_proj, -self.dt_rank**-0.5, self.dt_rank**-0.5)
@@ -338,6 +355,7 @@ class SS2D(ScanMixer):
     ) -> Tensor:  # (B, H, W, D)
         "Mix the tokens; raises `ValueError` unless x is a map, channels last."
         check_map(x, self.dim)
+        x = fixed_size(x, 2, 1)
         height, width = x.shape[1:3]
         order = order_table(self.directions, height, width, self.padding, device=x.device)
         x, z = self.in_proj(x).chunk(2, -1)

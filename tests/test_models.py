@@ -321,7 +321,9 @@ def test_copies(name):
 needs_plain = pytest.mark.skipif(not hasattr(localmamba.scattn, 'plain'), reason='the gate cannot tell yet')
 
 @needs_plain
-def test_hooks_and_replaced_layers(name):
+@pytest.mark.parametrize('backend', ['', 'reference'])
+def test_hooks_and_replaced_layers(name, backend, monkeypatch):
+    if backend: monkeypatch.setenv('LOCALMAMBA_BACKEND', backend)
     model, x, seen = timm.create_model(name).eval(), torch.randn(2, 3, 32, 32), []
     for p in model.parameters(): nn.init.normal_(p, std=0.3)  # so that every layer matters
     mixer = model.mixers[0]

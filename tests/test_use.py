@@ -1,15 +1,32 @@
 "docs/use.md beyond its own blocks: the files run without this package; encoders of segmentation_models_pytorch."
+import json
+import multiprocessing
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.testing import assert_close
 
 import localmamba  # noqa: F401  registers the models
-from localmamba.export import to_onnx, to_pt2
-from localmamba.ssm import directional_scan
+from localmamba.export import model_card, to_onnx, to_pt2
+from localmamba.mixer import SS2D, VimMixer
+
+NAMES = 'test_local_vim', 'test_local_vmamba'
+SMALL = dict(test_local_vim=dict(depth=1, img_size=16), test_local_vmamba=dict(dims=(16,), depths=(1,)))
+
+
+def small(name):
+    "A model of one layer in which every parameter matters, for images of 16 pixels."
+    torch.manual_seed(0)
+    model = timm.create_model(name, **SMALL[name]).eval()
+    for p in model.parameters(): nn.init.normal_(p, std=0.2)
+    return model
 
 ALONE = """
 import sys
@@ -51,21 +68,185 @@ def test_onnx_of_what_stands_on_a_model(kind, tmp_path):
     assert_close(outputs, expected if isinstance(expected, list) else [expected], rtol=1e-4, atol=1e-4)
 
 
-def test_padded_batches_equal_their_samples():
-    torch.manual_seed(0)
-    K, T, D, N, lengths = 2, 9, 8, 4, (5, 9, 3)
-    both = lambda n: torch.stack([torch.arange(n), torch.arange(n).flip(0)])
-    u, delta, A = torch.randn(3, T, D), torch.randn(3, K, T, D), -torch.rand(K, D, N)
-    B, C = torch.randn(2, 3, K, T, N)
-    real = torch.arange(T) < torch.tensor(lengths)[:, None]
-    y = directional_scan(u, delta.masked_fill(~real[:, None, :, None], -1e4), A, B, C, both(T))
-    for i, n in enumerate(lengths):
-        alone = directional_scan(u[i:i+1, :n], delta[i:i+1, :, :n], A, B[i:i+1, :, :n], C[i:i+1, :, :n], both(n))
-        assert_close(y[i:i+1, :, :n], alone)
-
-
 def test_an_encoder_of_segmentation_models_pytorch():
     smp = pytest.importorskip('segmentation_models_pytorch')
     model = smp.Unet('tu-test_local_vmamba', encoder_weights=None, in_channels=1, encoder_depth=2,
                      decoder_channels=(16, 8))
     assert model(torch.randn(2, 1, 64, 48)).shape == (2, 1, 64, 48)
+
+
+# torch.func
+
+@pytest.mark.parametrize('name', NAMES)
+def test_gradients_a_sample(name):
+    model, images = small(name), torch.randn(2, 3, 16, 16)
+    weights = dict(model.named_parameters())
+
+    def loss(weights, image): return torch.func.functional_call(model, weights, (image[None],)).logsumexp(1).sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, images)
+    for i in range(2):
+        expected = torch.autograd.grad(model(images[i:i+1]).logsumexp(1).sum(), list(weights.values()))
+        for n, dp in zip(weights, expected): assert_close(each[n][i], dp, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_jacobians_and_tangents(name):
+    model, images, ways = small(name).double(), torch.randn(1, 3, 16, 16).double(), torch.randn(1, 3, 16, 16).double()
+    jacobian = torch.func.jacrev(model)(images)
+    y, dy = torch.func.jvp(model, (images,), (ways,))
+    assert_close(y, model(images))
+    assert_close(dy, (jacobian * ways).sum((2, 3, 4, 5)))
+    assert_close(dy, (model(images + 1e-5 * ways) - model(images - 1e-5 * ways)) / 2e-5, rtol=1e-4, atol=1e-7)
+    bright = lambda scale: model(images * scale)
+    assert_close(torch.func.jacfwd(bright)(torch.ones(1).double()), torch.func.jacrev(bright)(torch.ones(1).double()))
+    y, back = torch.func.vjp(model, images)
+    assert_close(back(torch.ones_like(y))[0], jacobian.sum((0, 1)))
+
+
+def test_deterministic_algorithms():
+    images, seen = torch.randn(2, 3, 16, 16), []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for name in NAMES * 2:
+            model = small(name).train()
+            model(images).square().sum().backward()
+            seen.append([p.grad for p in model.parameters()])
+    finally: torch.use_deterministic_algorithms(False)
+    for a, b in zip(seen[:2], seen[2:]): assert all(map(torch.equal, a, b))
+
+
+# processes of their own
+
+def first_a_trace(name):
+    "In a new process: the first call of all is traced; what another size gives."
+    warnings.simplefilter('ignore')
+    model, images = small(name), torch.randn(2, 3, 16, 16)
+    graph = torch.jit.trace(model, images)
+    assert_close(graph(images), model(images))
+    more = torch.randn(3, 3, 16, 16)
+    assert_close(graph(more), model(more))
+    refused = 0
+    for size in ((8, 32), (32, 16), (20, 20), (15, 16)):
+        try: graph(torch.randn(2, 3, *size))
+        except RuntimeError: refused += 1
+    return refused
+
+
+def first_fake(name):
+    "In a new process: fake tensors before real ones; is a real answer real?"
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    with FakeTensorMode():
+        model = timm.create_model(name, **SMALL[name])
+        logits = model(torch.randn(2, 3, 16, 16))
+        assert isinstance(logits, FakeTensor) and logits.shape == (2, 10)
+        logits.sum().backward()
+    logits = small(name)(torch.randn(2, 3, 16, 16))
+    return type(logits) is torch.Tensor and bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize('start, work, expected', [('spawn', first_a_trace, 4), ('forkserver', first_fake, True)])
+def test_workers_and_what_they_do_first(start, work, expected):
+    with multiprocessing.get_context(start).Pool(1) as pool: assert pool.map(work, NAMES) == [expected] * 2
+
+
+# layers in other clothes
+
+@pytest.mark.parametrize('name', NAMES)
+def test_dynamic_quantisation(name):
+    model, images = small(name), torch.randn(2, 3, 16, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert 'quantized' in type(quantised.get_submodule(next(n for n, m in model.named_modules()
+                                                            if n.endswith('attn.channel_select')))).__module__
+    with torch.no_grad(): exact, rounded = model(images), quantised(images)
+    assert 0 < (exact - rounded).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize('family', [VimMixer, SS2D])
+def test_parametrised_layers(family):
+    mixer, x = family(16, ('h', 'v')), torch.randn(1, 3, 4, 16)
+    before = mixer(x)
+
+    class Doubled(nn.Module):
+        def forward(self, weight): return 2 * weight
+
+    for module, weight in ((mixer.out_proj, 'weight'), (mixer, 'x_proj'), (mixer.attn.channel_select, 'weight')):
+        register_parametrization(module, weight, Doubled())
+        after = mixer(x)
+        assert not torch.equal(before, after)
+        before = after
+    mixer(x).sum().backward()
+    assert mixer.parametrizations.x_proj.original.grad.abs().sum() > 0
+
+
+LAYERS = r'.*\.(in_proj|out_proj|attn\.global_reduce|attn\.channel_select)'
+ADAPTERS = dict(
+    LoraConfig=dict(r=2), LoHaConfig=dict(r=2), LoKrConfig=dict(r=2), IA3Config=dict(feedforward_modules='none'),
+    HRAConfig=dict(r=2), C3AConfig=dict(block_size=1), FourierFTConfig=dict(n_frequency=8), RandLoraConfig=dict(r=2),
+    MissConfig=dict(r=2), BOFTConfig=dict(boft_block_size=2), OFTConfig=dict(oft_block_size=2, r=0),
+    VBLoRAConfig=dict(vector_length=2, num_vectors=8), VeraConfig=dict(r=2), ShiraConfig=dict(r=1),
+    AdaLoraConfig=dict(total_step=10), RoadConfig=dict(group_size=2), LNTuningConfig=dict(target_modules=r'.*norm'))
+
+
+@pytest.mark.parametrize('adapter', ADAPTERS)
+def test_adapters_learn(adapter):
+    peft = pytest.importorskip('peft')
+    if not hasattr(peft, adapter): pytest.skip(f'this peft has no {adapter}')
+    model = timm.create_model('test_local_vmamba', dims=(16,), depths=(1,))
+    net = peft.get_peft_model(model, getattr(peft, adapter)(**dict(target_modules=LAYERS) | ADAPTERS[adapter]))
+    trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    for p in trained.values(): nn.init.normal_(p, std=0.1)
+    net(torch.randn(2, 3, 16, 16)).square().sum().backward()
+    silent = [n for n, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert trained and not silent
+
+
+# a card
+
+def test_what_would_be_pushed_to_the_hub(tmp_path, monkeypatch):
+    run = tmp_path/'run'
+    run.mkdir()
+    for name, said in dict(params=dict(dataset='cifar10', epochs=6, seed=3, recipe=dict(lr=0.002)),
+                           metrics=dict(top1=71.25, seconds=1200.5),
+                           env=dict(git_commit='0123456789abcdef', git_dirty=True, device='A processor')).items():
+        (run/f'{name}.json').write_text(json.dumps(said))
+
+    class Hub:
+        def __init__(self, **_): pass
+        def create_repo(self, repo_id, **_): return type('Url', (), dict(repo_id=repo_id))
+        def file_exists(self, **_): return False
+        def upload_folder(self, folder_path, **_):
+            return {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr('timm.models._hub.HfApi', Hub)
+    model = timm.create_model('test_local_vmamba', directions=('v', 'w2'))
+    files = timm.models.push_to_hf_hub(model, 'somebody/small', model_card=model_card(model, run))
+    assert files.keys() >= {'model.safetensors', 'config.json', 'README.md'}
+    assert json.loads(files['config.json'])['model_args']['directions'] == [['v', 'w2']] * 3
+    card = files['README.md'].decode()
+    for said in ('cifar10', '71.25', '1200.5', 'A processor', '0123456789, with changes', 'v, w2', 'lr: 0.002', 'Seed',
+                 'license: apache-2.0', 'arXiv:2403.09338'): assert said in card, said
+
+
+def test_no_card_without_a_finished_run(tmp_path):
+    with pytest.raises(ValueError, match='record: got .*; allowed: the folder of a finished run'):
+        model_card(timm.create_model('test_local_vim'), tmp_path)
+
+
+# the page that tries a model
+
+def test_try_it_draws_what_is_chosen(monkeypatch, tmp_path):
+    ipywidgets = pytest.importorskip('ipywidgets')
+    from PIL import Image
+    from test_results import execute
+    photo = tmp_path/'photo.png'
+    Image.effect_noise((90, 60), 80).convert('RGB').save(photo)
+    _, page = execute('try_it', monkeypatch, photo=str(photo), name='test_local_vmamba.none', steps=1)
+    controls = page['Controls'](ipywidgets, str(photo))
+    before = controls.depends.value, controls.read.value
+    controls.tokens.children[0].children[0].click()
+    controls.layers.value = 2
+    after = controls.depends.value, controls.read.value
+    assert all(a != b and a[:4] == b'\x89PNG' for a, b in zip(after, before))

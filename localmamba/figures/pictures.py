@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['small_figures', 'scan_path', 'plot_scan', 'scan_legend', 'plot_scans', 'save_figure', 'plot_scan_at', 'scan_strip',
-           'step_scan', 'neighbour_steps', 'plot_neighbours', 'receptive_field', 'field_area', 'plot_receptive_fields']
+           'widgets_here', 'step_scan', 'neighbour_steps', 'plot_neighbours', 'receptive_field', 'field_area',
+           'plot_receptive_fields']
 
 # %% ../../nbs/lib/39_pictures.ipynb #e3cab709
 import importlib, io, os
@@ -218,7 +219,8 @@ def scan_strip(
     return fig
 
 # %% ../../nbs/lib/39_pictures.ipynb #83d11586
-def _widgets():  # the module `ipywidgets` where a person can use one, else None
+def widgets_here():  # the module `ipywidgets`, or None
+    "The widgets of a page that a person can use, in JupyterLab and VS Code; None elsewhere."
     if not any(name in os.environ for name in ('JPY_SESSION_NAME', 'VSCODE_PID')): return None
     try: return importlib.import_module('ipywidgets')
     except ImportError: return None
@@ -243,7 +245,7 @@ def step_scan(
     widgets: bool | None = None,  # False: the strip; True: a slider; None: a slider in JupyterLab
 ):  # a widget, or the Figure of a strip
     "A scan to step through."
-    module = _widgets() if widgets is None else importlib.import_module('ipywidgets') if widgets else None
+    module = widgets_here() if widgets is None else importlib.import_module('ipywidgets') if widgets else None
     if module is None: return scan_strip(direction, height, width, padding, frames)
     pictures = [module.Image(value=png, format='png', layout=module.Layout(width='320px'))
                 for png in _scan_frames(direction, height, width, padding)]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROTATIONS', 'RELEASED_URL', 'SMALL_IMAGES', 'check_image', 'check_rate', 'new_classifier', 'rope_angles', 'rotate',
-           'resize_grid', 'rope_tables', 'cached_rope_tables', 'run_block', 'VisionModel', 'model_cfg',
+           'resize_grid', 'rope_tables', 'cached_rope_tables', 'run_block', 'linear_rates', 'VisionModel', 'model_cfg',
            'expand_directions']
 
 # %% ../../nbs/lib/12_models.ipynb #66a05245
@@ -15,7 +15,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..mixer import ScanMixer, check_sizes
+from ..mixer import ScanMixer, check_sizes, start_weights
 from ..scan import Kept
 
 # %% ../../nbs/lib/12_models.ipynb #7c3f3502
@@ -47,7 +47,7 @@ def new_classifier(
         raise ValueError(f'num_classes: got {num_classes!r}; allowed: 0 (no classifier) or more')
     if not num_classes: return nn.Identity()
     head = nn.Linear(features, num_classes, device=like.device, dtype=like.dtype)
-    nn.init.trunc_normal_(head.weight, std=0.02)
+    start_weights(head.weight)
     nn.init.zeros_(head.bias)
     return head
 
@@ -114,9 +114,9 @@ def _stacked(*args):
 def cached_rope_tables(
     *args,  # see `rope_tables`
 ) -> tuple[Tensor, Tensor]:
-    "The rotation of every token, computed once; made anew where a compiler must see how."
-    if torch.compiler.is_compiling(): return rope_tables(*args)
-    return ROTATIONS.get(args, lambda: _stacked(*args)).unbind()
+    "The rotation of every token, computed once; made anew where a compiler must see how, and from fake tensors."
+    made_anew = torch.compiler.is_compiling() or getattr(torch._C, '_len_torch_dispatch_stack', int)()
+    return rope_tables(*args) if made_anew else ROTATIONS.get(args, lambda: _stacked(*args)).unbind()
 
 # %% ../../nbs/lib/12_models.ipynb #99578f52
 def run_block(
@@ -127,6 +127,13 @@ def run_block(
     "Call a block; with `recompute`, its activations are computed again in the backward pass."
     if recompute and block.training and torch.is_grad_enabled(): return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
+
+def linear_rates(
+    last: float,  # rate of the last block
+    depth: int,  # blocks
+) -> list[float]:  # one a block, from 0 to `last`
+    "Drop path rates that grow linearly."
+    return [last * i / max(depth - 1, 1) for i in range(depth)]
 
 # %% ../../nbs/lib/12_models.ipynb #4a029439
 class VisionModel(nn.Module):

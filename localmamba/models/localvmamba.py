@@ -18,9 +18,10 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..mixer import SS2D, check_choice, check_sizes, layer_directions, without_facts
+from ..mixer import SS2D, check_choice, check_sizes, fixed_size, layer_directions, without_facts
+from .bundled import bundled_cfgs, bundled_options
 from .common import (RELEASED_URL, SMALL_IMAGES, VisionModel, check_image, check_rate,
-                                      expand_directions, model_cfg, run_block)
+                                      expand_directions, linear_rates, model_cfg, run_block)
 from .weights import accept_released, build_model, checkpoint_filter_fn
 from ..scan import DIRECTIONS
 
@@ -145,7 +146,7 @@ class LocalVMamba(VisionModel):
         check_sizes(**{f'img_size[{i}]': side for i, side in enumerate(sizes)})
         mixer = dict(d_state=d_state, scattn=scattn, scattn_at=scattn_at, padding=padding, merge=merge, expand=expand,
                      d_conv=d_conv, search=directions == 'search')
-        layers = iter(zip(self.directions, torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()))
+        layers = iter(zip(self.directions, linear_rates(drop_path_rate, sum(depths))))
         self.patch_embed = Stem(in_chans, dims[0], patch_size)
         self.layers = nn.ModuleList()
         for dim, depth, out_dim in zip(dims, depths, [*dims[1:], None]):
@@ -170,7 +171,7 @@ def walk(self: LocalVMamba,
 ):  # yields (B, H, W, C) maps
     "The map at the end of each stage; raises `ValueError` unless `x` is a batch of images."
     check_image(x, self.in_chans)
-    x = self.patch_embed(x)
+    x = self.patch_embed(fixed_size(x, 3, 2))
     for stage in self.layers[:None if last is None else last + 1]:
         feature = stage(x, self.grad_checkpointing)
         yield feature
@@ -260,7 +261,8 @@ default_cfgs = generate_default_cfgs({
     'local_vmamba_small.hunto_in1k': model_cfg(url=RELEASED_URL + 'local_vssm_small.ckpt'),
     **{name: model_cfg() for name in ('local_vmamba_tiny', 'local_vmamba_tiny_supernet', 'local_vmamba_small_supernet',
                                  'vmamba_tiny', 'vmamba_small')},
-    **{name: model_cfg(**SMALL_IMAGES) for name in ('local_vmamba_nano', 'test_local_vmamba')}})
+    **{name: model_cfg(**SMALL_IMAGES) for name in ('local_vmamba_nano', 'test_local_vmamba')},
+    **bundled_cfgs('local_vmamba_nano')})
 
 
 def _create(variant, pretrained=False, **kwargs):
@@ -296,6 +298,7 @@ def vmamba_small(pretrained=False, **kw):
 @register_model
 def local_vmamba_nano(pretrained=False, **kw):
     own = dict(dims=(32, 64, 128), depths=(2, 2, 2), d_state=8, patch_size=2)
+    own |= bundled_options('local_vmamba_nano', pretrained, kw)
     return _create('local_vmamba_nano', pretrained, **own | kw)
 @register_model
 def test_local_vmamba(pretrained=False, **kw):
