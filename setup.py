@@ -24,6 +24,7 @@ setup(
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
                  'Programming Language :: Python :: 3'],
     packages=find_packages(include=['localmamba', 'localmamba.*']),
+    package_data={'localmamba': ['bundled/*']},  # weights, and a card for each
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'cuda', 'onnx')},

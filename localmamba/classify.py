@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'ASIDE', 'settings', 'chosen_recipe', 'image_sets', 'image_loaders', 'classifier', 'facts', 'described',
-           'run_of', 'record_name', 'train', 'evaluate', 'write_confusion']
+           'run_of', 'record_name', 'train', 'evaluate', 'write_confusion', 'bundle']
 
 # %% ../nbs/lib/34_classify.ipynb #e76db2e9
 import hashlib, time
@@ -18,6 +18,7 @@ import localmamba.models.localvim
 import localmamba.models.localvmamba
 from .cost import CONVENTIONS, count_flops, count_parameters
 from .data import channel_stats, load_data, loaders, parse_augment
+from .models.bundled import write_bundled
 from .models.backbone import made
 from .models.weights import load_weights
 from .photos import eval_transform, photo_folder, photo_loaders, train_transform
@@ -204,3 +205,24 @@ def write_confusion(path, confusion, names):  # pairs that were taken for each o
     true, taken = np.nonzero(confusion.numpy())
     rows = [{'true': names[i], 'predicted': names[j], 'images': int(confusion[i, j])} for i, j in zip(true, taken)]
     write_csv(path, sorted(rows, key=lambda row: (-row['images'], row['true'], row['predicted'])))
+
+# %% ../nbs/lib/34_classify.ipynb #a005ecd5
+def bundle(
+    s: dict,  # `settings` of a finished run whose weights are on this machine
+    tag: str,  # the name becomes <model>.<tag>
+    root=None,  # folder that holds `results`; None: the project's
+    folder=None,  # None: that of the package
+) -> dict:  # the card
+    "Put the weights of a run into the package, with a card; raises `ValueError` for a run that is not finished."
+    run, (train, valid) = run_of(s, root), image_sets(s)
+    if not run.finished: raise ValueError(f'run: got {run.name}, which is not finished; allowed: a finished run')
+    net = classifier(s | dict(checkpoint=str(run.dir/'weights.pt'), new_head=False), len(valid.classes))
+    mean, std = channel_stats(train)
+    plain = [m for m in net.modules() if hasattr(m, 'directions') and hasattr(m, 'x_proj')]
+    card = {'data': s['dataset'], 'top1': run.metrics['top1'], 'top5': run.metrics['top5'], 'evaluated on': str(valid),
+            'params_m': run.metrics['params_m'], 'epochs': chosen_recipe(s)['epochs'],
+            'seconds': run.metrics['seconds'], 'run': f'imagenet/{record_name(s)}/runs/{run.name}',
+            'model_options': s['model_options'], 'mean': list(map(float, mean)), 'std': list(map(float, std)),
+            'classes': list(valid.classes), 'directions': [list(m.directions) for m in plain]}
+    write_bundled(f'{s["model"]}.{tag}', net.state_dict(), card, folder)
+    return card

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NAMES', 'DIGITS', 'ALPHA', 'MARGIN', 'VERDICTS', 'VIM', 'VMAMBA', 'CLAIMS', 'recipe_of', 'kept_as', 'check_rows',
            'small_model', 'model_facts', 'runs_frame', 'histories', 'row_table', 'present', 'finish', 'pairs',
-           'difference', 'holm', 'verdict', 'Claim', 'judge', 'said', 'show_verdicts', 'verdicts', 'own_verdicts']
+           'difference', 'between_rows', 'holm', 'verdict', 'Claim', 'judge', 'said', 'show_verdicts', 'verdicts',
+           'own_verdicts']
 
 # %% ../nbs/lib/43_study.ipynb #fc0556e2
 from dataclasses import dataclass
@@ -130,10 +131,11 @@ def present(
 def finish(
     shown,  # a `Table`
     figure,  # path of the picture
+    *more,  # further tables, such as the differences of rows
 ):
     "The end of an experiment: its table and the place of its figure, also in the terminal that started it."
     figure = figure.relative_to(project_root()) if figure.is_relative_to(project_root()) else figure
-    StatusLine().update(f'{shown}\n{figure}', last=True)
+    StatusLine().update('\n'.join(map(str, (shown, *more, figure))), last=True)
 
 # %% ../nbs/lib/43_study.ipynb #4528b2d2
 ALPHA, MARGIN = .05, 1.
@@ -164,6 +166,21 @@ def difference(
     half = t.ppf(1 - ALPHA / 2, n - 1) * error
     p = ttest_1samp(values, 0).pvalue if error else float(mean == 0)
     return dict(mean=mean, low=mean - half, high=mean + half, p=p, pairs=n)
+
+def between_rows(
+    frame: pd.DataFrame,  # one line a run
+    value: str = 'top1',  # the column that is compared
+):  # a `Table`: a line two rows; p is Holm's over all lines
+    "Every difference between two rows of a page, pair by pair, largest first."
+    names = list(dict.fromkeys(frame.row))
+    lines = [{'compared': f'{row} − {base}', **difference(pairs(frame, row, base, value))}
+             for i, base in enumerate(names) for row in names[i + 1:]]
+    table = pd.DataFrame([line for line in lines if line['pairs'] > 1])
+    if not len(table): return 'fewer than two seeds of two rows: nothing to compare'
+    table['p'] = holm(table.p)
+    table['decided'] = ['yes' if p < ALPHA else '' for p in table.p]
+    table = table.sort_values('mean', key=abs, ascending=False, kind='stable')
+    return show_table(table, digits={'p': 4}, names={'mean': 'points', 'low': '95 % from', 'high': 'to'})
 
 def holm(
     p,  # probabilities; NaN (nothing measured) counts as 1

@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TINY = ['-p', 'n_train', '256', '-p', 'n_valid', '64', '-p', 'epochs', '2', '-p', 'depth', '1', '-p', 'embed_dim', '16',
-        '-y', 'seeds: [0, 1]', '-y', 'rows: [horizontal, horizontal + local + SCAttn]', '-p', 'threads', '1']
+        '-y', 'seeds: [0, 1]', '-y', 'rows: [horizontal, horizontal + local + SCAttn]', '-p', 'threads', '1',
+        '-p', 'model', 'local_vim_nano', '-y', 'dims: []']
 
 
 def project(folder):

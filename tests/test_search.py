@@ -198,7 +198,8 @@ def in_this_process(notebook, **given):
 
 
 @pytest.mark.parametrize('notebook, given', [
-    ('ablation_search', dict(rows=['searched', 'worst'], search_epochs=1)), ('ablation_scan', dict(rows=['local']))])
+    ('ablation_search', dict(rows=['searched', 'worst'], search_epochs=1)),
+    ('ablation_scan', dict(rows=['local'], model='local_vim_nano'))])
 def test_experiments_take_a_file_of_directions(searches, notebook, given, monkeypatch):
     monkeypatch.chdir(searches)
     plt.switch_backend('agg')

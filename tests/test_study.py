@@ -58,6 +58,17 @@ def test_verdicts_recomputed_from_raw_metrics(data):
         assert line.verdict == right, line.claim
 
 
+def test_differences_between_rows():
+    import pandas as pd
+    rows = (('a', 50., 1.), ('b', 30., 1.1), ('c', 50.2, .9))
+    frame = pd.DataFrame([dict(row=row, seed=seed, top1=base + seed * slope) for seed in range(4)
+                          for row, base, slope in rows])
+    table = study.between_rows(frame).cells
+    assert table.compared.tolist() == ['c − b', 'b − a', 'c − a'], 'largest first'
+    assert table.set_index('compared').decided['b − a'] == 'yes' and table.set_index('compared').decided['c − a'] == ''
+    assert 'nothing to compare' in study.between_rows(frame[frame.seed == 0])
+
+
 def test_holm_is_the_one_of_statsmodels():
     multitest = pytest.importorskip('statsmodels.stats.multitest')
     p = np.random.default_rng(0).uniform(0, .1, 24)

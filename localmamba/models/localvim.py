@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..mixer import (Described, VimMixer, check_choice, check_sizes, fixed_size, layer_directions,
                               without_facts)
+from .bundled import bundled_cfgs, bundled_options
 from .common import (RELEASED_URL, SMALL_IMAGES, VisionModel, cached_rope_tables, check_image,
                                       check_rate, expand_directions, linear_rates, model_cfg, resize_grid, rope_tables,
                                       rotate, run_block)
@@ -387,7 +388,8 @@ default_cfgs = generate_default_cfgs({
         'local_vim_tiny_unsearched', 'local_vim_tiny_supernet',
         'local_vim_small', 'local_vim_small_unsearched', 'local_vim_small_midcls', 'local_vim_small_supernet',
         'vim_tiny', 'vim_tiny_midcls', 'vim_small', 'vim_small_midcls', 'vim_base_midcls')},
-    **{name: model_cfg(**SMALL_IMAGES) for name in ('local_vim_nano', 'test_local_vim')}})
+    **{name: model_cfg(**SMALL_IMAGES) for name in ('local_vim_nano', 'test_local_vim')},
+    **bundled_cfgs('local_vim_nano')})
 
 
 def _create(variant, pretrained=False, **kwargs):
@@ -445,7 +447,8 @@ _NANO = dict(img_size=32, patch_size=4, rope_pretrained_grid=8)
 
 @register_model
 def local_vim_nano(pretrained=False, **kw):
-    return _create('local_vim_nano', pretrained, **dict(embed_dim=64, depth=6, d_state=8, **_NANO) | kw)
+    own = dict(embed_dim=64, depth=6, d_state=8, **_NANO) | bundled_options('local_vim_nano', pretrained, kw)
+    return _create('local_vim_nano', pretrained, **own | kw)
 @register_model
 def test_local_vim(pretrained=False, **kw):
     return _create('test_local_vim', pretrained, **dict(embed_dim=16, depth=2, d_state=4, **_NANO) | kw)

@@ -19,6 +19,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..mixer import SS2D, check_choice, check_sizes, fixed_size, layer_directions, without_facts
+from .bundled import bundled_cfgs, bundled_options
 from .common import (RELEASED_URL, SMALL_IMAGES, VisionModel, check_image, check_rate,
                                       expand_directions, linear_rates, model_cfg, run_block)
 from .weights import accept_released, build_model, checkpoint_filter_fn
@@ -260,7 +261,8 @@ default_cfgs = generate_default_cfgs({
     'local_vmamba_small.hunto_in1k': model_cfg(url=RELEASED_URL + 'local_vssm_small.ckpt'),
     **{name: model_cfg() for name in ('local_vmamba_tiny', 'local_vmamba_tiny_supernet', 'local_vmamba_small_supernet',
                                  'vmamba_tiny', 'vmamba_small')},
-    **{name: model_cfg(**SMALL_IMAGES) for name in ('local_vmamba_nano', 'test_local_vmamba')}})
+    **{name: model_cfg(**SMALL_IMAGES) for name in ('local_vmamba_nano', 'test_local_vmamba')},
+    **bundled_cfgs('local_vmamba_nano')})
 
 
 def _create(variant, pretrained=False, **kwargs):
@@ -296,6 +298,7 @@ def vmamba_small(pretrained=False, **kw):
 @register_model
 def local_vmamba_nano(pretrained=False, **kw):
     own = dict(dims=(32, 64, 128), depths=(2, 2, 2), d_state=8, patch_size=2)
+    own |= bundled_options('local_vmamba_nano', pretrained, kw)
     return _create('local_vmamba_nano', pretrained, **own | kw)
 @register_model
 def test_local_vmamba(pretrained=False, **kw):
