@@ -2,6 +2,7 @@
 # make <experiment> ARGS="-p epochs 30"
 # make miniature                the paper in small, hours of every core, to be stopped and started (ARGS=--forecast, --quick)
 # make speedrun                 CIFAR-10 with a model below 1 M parameters
+# make gpu                      everything a GPU can tell; without one, what was predicted
 # make results                  write the README's tables and figures from the records
 # make test                     set up .venv, test every notebook and the rest
 # make check                    the short test: package in step, ruff, what is fast

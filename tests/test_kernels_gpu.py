@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from localmamba import gpu_check
 from localmamba.kernels import gpu, gpu_gate, gpu_scan
+from localmamba.kernels.paper import Shape
 from localmamba.scattn import SCAttn
 from localmamba.ssm import backends, directional_conv, directional_conv_ref, directional_scan, directional_scan_ref
 from test_ssm import LAYOUTS, MAMBA_TOLERANCE, contiguous, make, make_order
@@ -222,6 +225,13 @@ def test_large_steps_keep_the_gradient_of_A(small_tiles):
     assert_close(dA.double().cpu().flatten(), wanted.view(1), rtol=1e-6, atol=0)
 
 
+@runs
+def test_the_check_of_a_gpu(small_tiles):
+    "`gpu_check`'s errors by these kernels, half types included."
+    rows = gpu_check.correctness([Shape(5, 4, 1, 2, 3)], [torch.float32, torch.bfloat16], DEVICE)
+    assert len(rows) == 2 * (9 + 4 + 8) and all(row['ok'] for row in rows), [row for row in rows if not row['ok']]
+
+
 # without a GPU
 
 @pytest.mark.skipif(gpu.reason() is None, reason='the kernels can be used here')
@@ -236,6 +246,52 @@ def test_without_triton():
     code = "import sys, torch; sys.modules['triton'] = None\nfrom localmamba.ssm import backends; print(backends())"
     out = python('-c', code)
     assert 'triton cannot be imported' in out
+
+
+@pytest.mark.skipif(gpu.reason() is None, reason='the kernels can be used here')
+def test_the_check_without_a_gpu(capsys, tmp_path):
+    "It refuses in words; at tiny sizes it runs, keeps its tables, and a second run reads them."
+    assert gpu_check.main([]) == 2 and 'a GPU is needed' in capsys.readouterr().out
+    with pytest.raises(SystemExit): gpu_check.main(['scan'])
+    assert 'part: got scan; allowed: correctness' in capsys.readouterr().err
+    args = ['placement', 'correctness', '--quick', '--out', str(tmp_path)]
+    assert gpu_check.main(args) == 0 and 'correctness: 42 of 42 within bounds' in capsys.readouterr().out
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.glob('*.csv')}
+    assert len(before) == 2 and gpu_check.main(args) == 0
+    assert before == {f: f.stat().st_mtime_ns for f in before}
+    wrong = tmp_path/'correctness.csv'
+    wrong.write_text(wrong.read_text().replace('True', 'False', 1))
+    capsys.readouterr()
+    assert gpu_check.main(args) == 1 and 'correctness: 1 of 42 out of bounds' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_check_needs_few_libraries():
+    code = ("import sys; sys.modules.update(dict.fromkeys(('fastai', 'nbdev', 'papermill', 'IPython')))\n"
+            "from localmamba.gpu_check import PARTS; print(*PARTS)")
+    assert 'correctness' in python('-c', code)
+
+
+TRIAL = ['-p', 'device', 'cpu', '-p', 'tiny', 'True', '-p', 'folder', 'trial', '-y',
+         'parts: [paper, correctness, placement, golden, speed, models, steps]', '-y',
+         'rows: [imagenet/local_vim_tiny, ade20k/local_vmamba_tiny, coco/local_vim_tiny]']
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+@pytest.mark.parametrize('options', [[], TRIAL])
+def test_make_gpu(tmp_path, options):
+    "The experiment ends by itself where there is no GPU, and its parts run on the CPU."
+    for name in ('tests', 'nbs', 'results'): (tmp_path/name).symlink_to(ROOT/name)
+    (tmp_path/'results').unlink()
+    shutil.copytree(ROOT/'results/gpu', tmp_path/'results/gpu')
+    (tmp_path/'settings.ini').touch()
+    python('-m', 'papermill', ROOT/'nbs/gpu.ipynb', tmp_path/'out.ipynb', '--cwd', tmp_path, *options)
+    said = (tmp_path/'out.ipynb').read_text()
+    if not options: assert 'Nothing was measured: there is no GPU here.' in said
+    else:
+        page = (tmp_path/'results/gpu/trial/README.md').read_text()
+        assert '42 of 42 within bounds' in page and '3 of 3 fit' in page, page
 
 
 @pytest.mark.slow

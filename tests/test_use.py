@@ -185,7 +185,7 @@ LAYERS = r'.*\.(in_proj|out_proj|attn\.global_reduce|attn\.channel_select)'
 ADAPTERS = dict(
     LoraConfig=dict(r=2), LoHaConfig=dict(r=2), LoKrConfig=dict(r=2), IA3Config=dict(feedforward_modules='none'),
     HRAConfig=dict(r=2), C3AConfig=dict(block_size=1), FourierFTConfig=dict(n_frequency=8), RandLoraConfig=dict(r=2),
-    MissConfig=dict(r=2), BOFTConfig=dict(boft_block_size=2), OFTConfig=dict(oft_block_size=2, r=0),
+    MissConfig=dict(r=2), BOFTConfig=dict(boft_block_size=2),
     VBLoRAConfig=dict(vector_length=2, num_vectors=8), VeraConfig=dict(r=2), ShiraConfig=dict(r=1),
     AdaLoraConfig=dict(total_step=10), RoadConfig=dict(group_size=2), LNTuningConfig=dict(target_modules=r'.*norm'))
 
