@@ -88,7 +88,7 @@ def recipe_cell(experiment, given):
         elif 'recipe = recipe_of(' in source:
             from localmamba.study import recipe_of
             start = source.index('recipe = recipe_of(')
-            code = 'params = check_parameters()\n' + source[start:source.index('\nresults', start)]
+            code = 'params = check_parameters()\n' + source[start:source.index('\nkept', start)]
             exec(code, space | {'recipe_of': recipe_of}, space)
             return space['recipe']
 
