@@ -93,7 +93,7 @@ def refuse_values(
         default, words = defaults.get(name), said.get(name, '')
         if name in allowed and value not in allowed[name]:
             raise ValueError(f'parameter {name!r}: got {value!r}; allowed: {", ".join(map(repr, allowed[name]))}')
-        if isinstance(value, (list, tuple)): _refuse_list(name, default, list(value))
+        if isinstance(value, (list, tuple)): _refuse_list(name, default, list(value), words)
         elif type(value) in (int, float): _refuse_number(name, default, value, words)
         elif value == '' and isinstance(default, str) and default:
             raise ValueError(f'parameter {name!r}: got an empty text; allowed: such as its default {default!r}')
@@ -109,8 +109,8 @@ def _refuse_number(name, default, value, words):
         raise ValueError(f'parameter {name!r}: got {value!r}; allowed: {least:.15g} to {most:.15g}{above}'
                          + (f' ({words})' if words else ''))
 
-def _refuse_list(name, default, value):
-    if not value and default:
+def _refuse_list(name, default, value, words):
+    if not value and default and '[]' not in words:
         raise ValueError(f'parameter {name!r}: got an empty list; allowed: such as its default {default!r}')
     if not default or not isinstance(default, (list, tuple)): return
     kinds = {type(d) for d in default}

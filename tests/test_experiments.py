@@ -82,7 +82,7 @@ def test_finished_runs_are_not_run_again(uninterrupted):
 
 @pytest.mark.parametrize('given, words', [
     (dict(rows=['diagonal']), r"rows: got \['diagonal'\]; allowed: \['horizontal'"),
-    (dict(dataset='cifar'), "name: got 'cifar'; allowed: digits, cifar10, folder")])
+    (dict(dataset='cifar'), "'dataset': got 'cifar'; allowed: digits, cifar10, folder")])
 def test_a_wrong_word_is_refused(tmp_path, monkeypatch, given, words):
     from test_results import execute
     monkeypatch.chdir(project(tmp_path/'wrong'))
