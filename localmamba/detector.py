@@ -225,12 +225,11 @@ class Detector(nn.Module):
         normed = plain if normed is None else normed
         if plain: self.pyramid = SimplePyramid(backbone.channels[0], channels)
         else:
-            self.pyramid = FeaturePyramidNetwork(list(backbone.channels), channels, LastLevelMaxPool(), LayerNorm2d
-                                                 if normed else None)
+            norm = LayerNorm2d if normed else None
+            self.pyramid = FeaturePyramidNetwork(list(backbone.channels), channels, LastLevelMaxPool(), norm)
         self.divisor, strides, names = max(strides), [*strides, 2 * strides[-1]], [str(i) for i in range(len(strides))]
         self.rpn = Proposals(Anchors(strides, anchor_scale), RPNHead(channels, 3, 2 if normed else 1), 0.7, 0.3,
-                             samples[0], 0.5,
-                             dict(training=2 * proposals, testing=proposals),
+                             samples[0], 0.5, dict(training=2 * proposals, testing=proposals),
                              dict(training=proposals, testing=proposals), 0.7)
         box, mask = (pooling(size, strides[:-1], names, canonical, sampling) for size in (7, 14))
         def box_head():
@@ -245,7 +244,6 @@ class Detector(nn.Module):
                            mask if masks else None, mask_head,
                            MaskPredictor(channels, channels, num_classes) if masks else None,
                            samples=samples[1], score=score)
-
     def no_weight_decay(self):
         return {f'backbone.model.{name}' for name in getattr(self.backbone.model, 'no_weight_decay', set)()}
     def set_grad_checkpointing(self, enable=True): self.backbone.model.set_grad_checkpointing(enable)

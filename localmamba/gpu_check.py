@@ -168,6 +168,7 @@ def speed(
             rows += time_rivals(head, name, piece, device, repeats=repeats, max_seconds=max_seconds, backward=backward)
     return rows
 
+# %% ../nbs/lib/28a_gpu_check.ipynb #78f48dd9
 def time_rivals(head, name, piece, device, *, repeats, max_seconds, backward):
     "Rows of one piece and pass."
     calls, notes = {}, {}
@@ -341,7 +342,7 @@ def verdict(
     "What a table says."
     if not len(table): return True, f'{part}: nothing to do'
     if 'ok' in table:
-        bad = table[~table.ok.astype(bool)]
+        bad = table[table.ok.astype(str) != 'True']  # a file's words are text
         if not len(bad): return True, f'{part}: {len(table)} of {len(table)} within bounds'
         return False, f'{part}: {len(bad)} of {len(table)} out of bounds\n{bad.to_string(index=False)}'
     if part == 'speed':

@@ -167,6 +167,7 @@ def difference(
     p = ttest_1samp(values, 0).pvalue if error else float(mean == 0)
     return dict(mean=mean, low=mean - half, high=mean + half, p=p, pairs=n)
 
+# %% ../nbs/lib/43_study.ipynb #19af0c8c
 def between_rows(
     frame: pd.DataFrame,  # one line a run
     value: str = 'top1',  # the column that is compared

@@ -43,6 +43,7 @@ def test_which_gate_and_where(project, monkeypatch):
     assert np.isclose(found['mean'].item(), expected) and found.pairs.item() == 4
 
 
+@pytest.mark.slow
 def test_receptive_fields(project, monkeypatch):
     names = ['LocalVim', 'VMamba', 'DeiT']
     text, space = execute('receptive_fields', monkeypatch, **TOY, models=names, patch_size=4, n_field=8)

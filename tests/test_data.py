@@ -49,6 +49,7 @@ def test_nothing_is_shared(seed):
             seen.append(covered)
         assert seen[0].any() and seen[1].any() and not (seen[0] & seen[1]).any()
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_in_another_process(scenes):
     code = ('import hashlib; from localmamba.data import digit_scenes; '
             'sets = digit_scenes(n_train=400, n_valid=100); '

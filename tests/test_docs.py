@@ -81,7 +81,11 @@ def test_a_command_names_what_exists(line):
     else: pytest.fail(f'no check for this command: {line}')
 
 
-@pytest.mark.parametrize('page', [p for p in PAGES if blocks(p, 'python')], ids=lambda p: p.name)
+LONG = {'segmentation.md'}  # trains
+
+
+@pytest.mark.parametrize('page', [pytest.param(p, id=p.name, marks=[pytest.mark.slow] * (p.name in LONG))
+                                  for p in PAGES if blocks(p, 'python')])
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}

@@ -273,6 +273,7 @@ if several: distributed.destroy_process_group()
 '''
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     script, env = tmp_path/'together.py', {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     script.write_text(TOGETHER.format(tests=str(ROOT/'tests')))
@@ -298,6 +299,7 @@ def test_loaders_that_cannot_be_shared_are_refused():
     with pytest.raises(TypeError, match='cannot be shared between processes'): together.before_fit()
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_leaves_the_record_of_the_notebook(tmp_path):
     config = tmp_path/'tiny.yaml'
     config.write_text(yaml.safe_dump(dict(n_train=64, n_valid=20, model='test_local_vim', model_options={}, epochs=1)))

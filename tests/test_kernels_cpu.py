@@ -85,6 +85,7 @@ start = time.perf_counter(); out = t.gradients(); print(time.perf_counter() - st
 print(t.cpu.__file__); print(sum(not kernel.cache_hits for kernel, _ in KERNELS.values()))
 '''
 
+@pytest.mark.slow
 def test_read_only_install_compiles_once(tmp_path):
     "Kernels go to the user's folder when the package cannot be written; a second process loads them from there."
     site, home = tmp_path / 'site', tmp_path / 'home'
@@ -132,6 +133,7 @@ def test_nan_is_not_swallowed():
         args[i] = args[i].clone(); args[i].view(-1)[5] = float('nan')
         assert cpu.scan_forward(*args)[0].isnan().any(), i
 
+@pytest.mark.slow
 def test_no_folder_to_write():
     code = '''
 import warnings, torch, numba.core.caching as caching
@@ -214,6 +216,7 @@ def test_interrupted_scans_leave_nothing_behind(monkeypatch):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         torch.set_num_threads(before)
 
+@pytest.mark.slow
 def test_without_numba():
     out = run("import sys; sys.modules['numba'] = None\nfrom localmamba.kernels import cpu; print(cpu.reason())")
     assert 'numba cannot be imported' in out and 'pip install numba' in out

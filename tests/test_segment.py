@@ -307,6 +307,7 @@ def papermill(folder, *args):
     return subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)})
 
+@pytest.mark.slow
 def test_experiment_trains_then_evaluates_the_checkpoint_elsewhere(tmp_path):
     (tmp_path/'settings.ini').touch()
     shutil.copytree(ROOT/'results/paper', tmp_path/'results/paper')

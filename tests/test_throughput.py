@@ -71,6 +71,7 @@ def test_figures_and_provenance(toy):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='this is about machines without a GPU')
+@pytest.mark.slow
 def test_one_part_alone_and_no_gpu(toy, tmp_path):
     shutil.copytree(toy, tmp_path/'results/throughput/toy')
     done = papermill(tmp_path, *TINY, '-y', 'parts: [gpu]')

@@ -81,7 +81,6 @@ def check_stack(
 class LocalVim(Described, VisionModel):
     "LocalVim (paper, section 4.1) and, with directions `h`, `h_flip` and no SCAttn, Vim; timm's contract, any size."
     last_norm = 'norm_f'
-
     def __init__(self,
         img_size: int | tuple[int, int] = 224,  # pixels that the position embedding is made for; others work
         patch_size: int = 16,  # pixels
@@ -122,12 +121,11 @@ class LocalVim(Described, VisionModel):
                                       strict_img_size=False, dynamic_img_pad=True)
         self.grid_size = tuple(self.patch_embed.grid_size)
         self.resize, self._resize_given, self.rope_grids = resize or 'exact', resize is not None, (self.grid_size,)
-        tokens = self.patch_embed.num_patches + self.num_prefix_tokens
         def start(wanted, n): return nn.Parameter(torch.zeros(1, n, embed_dim)) if wanted else None
-        self.cls_token, self.pos_embed = start(self.num_prefix_tokens, 1), start(abs_pos_embed, tokens)
-        if flip_cls is None: flip_cls = readout == 'head_cls'
+        self.cls_token = start(self.num_prefix_tokens, 1)
+        self.pos_embed = start(abs_pos_embed, self.patch_embed.num_patches + self.num_prefix_tokens)
         mixer = dict(d_state=d_state, scattn=scattn, scattn_at=scattn_at, merge=merge, padding=padding, d_conv=d_conv,
-                     expand=expand, flip_cls=flip_cls)
+                     expand=expand, flip_cls=readout == 'head_cls' if flip_cls is None else flip_cls)
         blocks, search = zip(self.directions, linear_rates(drop_path_rate, depth)), directions == 'search'
         self.layers = nn.ModuleList(Block(embed_dim, r, directions=d, search=search, **mixer) for d, r in blocks)
         self.norm_f = RMSNorm(embed_dim, eps=1e-5)
