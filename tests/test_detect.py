@@ -2,7 +2,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from functools import lru_cache
@@ -22,7 +21,6 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from localmamba import coco
 from localmamba.coco import CocoFolder, as_results, average_precision, coco_instances, coco_scenes, truth_as_results
 from localmamba.cost import count_flops, count_parameters
 from localmamba.data import scenes
@@ -359,19 +357,6 @@ def test_missing_and_damaged_files(changed, root, tmp_path):
                                            (lambda a: a.pop('bbox'), 'annotation 1: bbox: got nothing')])
 def test_annotations_that_make_no_sense(changed, change, words):
     with pytest.raises(ValueError, match=words): changed(lambda held: change(held['annotations'][0]))
-
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
-def test_a_killed_renderer_leaves_no_half_set(tmp_path, monkeypatch):
-    def stopped(*args, **kwargs):
-        yield from scenes(2, *args[1:], **kwargs)
-        os.kill(os.getpid(), signal.SIGKILL)
-    monkeypatch.setattr(coco, 'scenes', stopped)
-    child = os.fork()
-    if not child: coco_scenes(8, 2, tmp_path)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert not list(tmp_path.glob('scenes*')) and list(tmp_path.glob('.partial*'))
-    monkeypatch.undo()
-    assert len(coco_instances(coco_scenes(8, 2, tmp_path))) == 8
 
 def test_small_and_large_masks_are_told_by_their_own_area(root):
     "A thin diagonal has a large box and a small mask"

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from localmamba import runs
+from localmamba import ade20k, coco, runs
+from localmamba.data import scenes
 from localmamba.runs import Run, dataset_name
 from localmamba.train import KeepWeights, fit
 from test_train import Stop, mlp, ours
@@ -340,3 +341,21 @@ def test_records_that_say_nothing_stay_valid(tmp_path):
     run.finish({'top1': 1.})
     data = {'identity': 'a', 'files': 1, 'bytes': 1}
     assert dataset_name('exp', 'data', data, tmp_path) == 'data' and run_in(tmp_path, data=data).finished
+
+
+@forks
+@pytest.mark.parametrize('room, render, read', [(coco, coco.coco_scenes, coco.coco_instances),
+                                                (ade20k, ade20k.ade20k_scenes, ade20k.ade20k)], ids=['coco', 'ade20k'])
+def test_a_killed_renderer_leaves_no_half_set(tmp_path, monkeypatch, room, render, read):
+    def stopped(*args, **kwargs):
+        yield from scenes(2, *args[1:], **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+    monkeypatch.setattr(room, 'scenes', stopped)
+    child = os.fork()
+    if not child:
+        try: render(8, 2, tmp_path)
+        finally: os._exit(1)  # whatever happens, the child is not to go on with the tests
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not list(tmp_path.glob('scenes*')) and list(tmp_path.glob('.partial*'))
+    monkeypatch.undo()
+    assert len(read(render(8, 2, tmp_path))) == 8

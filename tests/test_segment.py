@@ -2,7 +2,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 import yaml
 from PIL import Image
 
-from localmamba import ade20k as folders
 from localmamba.cost import count_parameters
 from localmamba.data import IGNORE, LabelledFolder, ade20k, ade20k_scenes, coco_semantic, read_labels, scenes
 from localmamba.models.weights import to_released
@@ -105,19 +103,6 @@ def test_scenes_know_their_pixels():
 def test_training_and_validation_scenes_differ():
     a, b = next(scenes(1, True)), next(scenes(1, False))
     assert (a.image != b.image).mean() > 0.5
-
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
-def test_a_killed_renderer_leaves_no_half_set(tmp_path, monkeypatch):
-    def stopped(*args, **kwargs):
-        yield from scenes(2, *args[1:], **kwargs)
-        os.kill(os.getpid(), signal.SIGKILL)
-    monkeypatch.setattr(folders, 'scenes', stopped)
-    child = os.fork()
-    if not child: ade20k_scenes(8, 2, tmp_path)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert not list(tmp_path.glob('scenes*')) and list(tmp_path.glob('.partial*'))
-    monkeypatch.undo()
-    assert len(ade20k(ade20k_scenes(8, 2, tmp_path))) == 8
 
 def annotation(mine, i=0): return ade20k(mine).files[i][1]
 
