@@ -82,7 +82,7 @@ def _value(text): # of a cell
     for kind in (int, float):
         try: return kind(text)
         except ValueError: pass
-    return text or None
+    return {'True': True, 'False': False}.get(text, text or None)
 
 def read_csv(
     path,  # the file to read

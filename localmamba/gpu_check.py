@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PIECES', 'GOLDEN_BOUND', 'FULL', 'QUICK', 'PARTS', 'Piece', 'random_order', 'scan_piece', 'conv_piece', 'plain_gate',
            'gate_piece', 'own_backend', 'with_gradients', 'correctness', 'one_by_one', 'rivals', 'speed', 'time_rivals',
-           'as_call', 'megabytes', 'beside_prediction', 'models', 'own_models', 'placement', 'golden', 'device_folder',
-           'measure', 'recorded_part', 'verdict', 'main', 'check']
+           'as_call', 'megabytes', 'beside_prediction', 'models', 'own_models', 'placement', 'golden', 'measure',
+           'recorded_part', 'verdict', 'main', 'check']
 
 # %% ../nbs/lib/28a_gpu_check.ipynb #483a534b
-import argparse, json, re, sys, tempfile, time
+import argparse, json, sys, tempfile, time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -28,7 +28,7 @@ from .kernels.paper import SHAPES, Shape, floor_us
 from .models.localvim import LocalVim
 from .models.localvmamba import LocalVMamba
 from .models.weights import load_released
-from .runs import device_name, environment
+from .runs import device_folder, device_name, environment
 from .scattn import MERGING
 from .ssm import backends, directional_conv, directional_conv_ref, directional_scan, directional_scan_ref
 from .timing import model_step, peak_memory, time_calls
@@ -300,11 +300,6 @@ QUICK = dict(correctness=[Shape(5, 4, 1, 2, 3)], dtypes=[torch.float32, torch.bf
              placement=['test_local_vim', 'test_local_vmamba'])
 PARTS = 'correctness', 'placement', 'golden', 'speed', 'models'
 
-def device_folder(name: str | None = None) -> str:
-    "A device's name as that of a folder."
-    plain = re.sub(r'\((R|TM|C)\)', '', name or device_name(), flags=re.I)
-    return re.sub(r'\W+', '-', plain).strip('-').lower()
-
 def measure(
     part: str,  # of `PARTS`
     device: str,
@@ -342,7 +337,7 @@ def verdict(
     "What a table says."
     if not len(table): return True, f'{part}: nothing to do'
     if 'ok' in table:
-        bad = table[table.ok.astype(str) != 'True']  # a file's words are text
+        bad = table[~table.ok]
         if not len(bad): return True, f'{part}: {len(table)} of {len(table)} within bounds'
         return False, f'{part}: {len(bad)} of {len(table)} out of bounds\n{bad.to_string(index=False)}'
     if part == 'speed':
