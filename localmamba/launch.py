@@ -41,13 +41,16 @@ def run_cells(
         if n != 1: raise ValueError(f'notebook: {notebook} has {n} cells tagged {tag!r}; allowed: one')
     refuse_parameters(next(declared(source) for source, tags in cells if 'parameters' in tags), parameters)
     canonical(parameters)
-    shell = InteractiveShell.instance()
-    for source, tags in cells:
-        shell.run_cell(source, store_history=True).raise_error()
-        if 'parameters' in tags:
-            given = ''.join(f'{name} = {value!r}\n' for name, value in parameters.items())
-            shell.run_cell('# Parameters\n' + given, store_history=True).raise_error()
-        if until in tags: return shell.user_ns
+    ours, shell = not InteractiveShell.initialized(), InteractiveShell.instance()
+    try:
+        for source, tags in cells:
+            shell.run_cell(source, store_history=True).raise_error()
+            if 'parameters' in tags:
+                given = ''.join(f'{name} = {value!r}\n' for name, value in parameters.items())
+                shell.run_cell('# Parameters\n' + given, store_history=True).raise_error()
+            if until in tags: return shell.user_ns
+    finally:
+        if ours: InteractiveShell.clear_instance()  # what runs here next has names of its own
 
 # %% ../nbs/lib/38_launch.ipynb #bc624dd8
 def launch_notebook(

@@ -10,14 +10,8 @@ import pytest
 LEFT, TOOK = Counter(), Counter()
 
 
-#: Fixtures that take long and serve a file: what uses them stays in one process (`--dist loadgroup`).
-COSTLY = {'uninterrupted', 'searches', 'toy', 'served'}
-
-
-def pytest_collection_modifyitems(items):
-    LEFT.update(item.nodeid.split('::')[0] for item in items)
-    for item in items:
-        for name in COSTLY & set(getattr(item, 'fixturenames', ())): item.add_marker(pytest.mark.xdist_group(name))
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items): LEFT.update(item.nodeid.split('::')[0] for item in items)
 
 
 class Report:

@@ -51,7 +51,7 @@ def notebooks(progress):
 
 def tests(progress):
     "Run pytest; `conftest` writes a line for each file that is done. True if all pass."
-    command = [sys.executable, '-m', 'pytest', '-n', '2', '--dist', 'loadgroup', '--durations', '20']
+    command = [sys.executable, '-m', 'pytest', '-n', '2', '--dist', 'worksteal', '--durations', '20']
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
                                env=os.environ | {'LOCALMAMBA_SUITE': '1', 'PYTHONUNBUFFERED': '1'})
     for line in process.stdout:

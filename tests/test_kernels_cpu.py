@@ -216,7 +216,6 @@ def test_interrupted_scans_leave_nothing_behind(monkeypatch):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         torch.set_num_threads(before)
 
-@pytest.mark.slow
 def test_without_numba():
     out = run("import sys; sys.modules['numba'] = None\nfrom localmamba.kernels import cpu; print(cpu.reason())")
     assert 'numba cannot be imported' in out and 'pip install numba' in out

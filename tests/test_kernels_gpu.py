@@ -99,7 +99,6 @@ def test_scan(small_tiles, layout, along, const_B, const_C, without):
     compare(inputs, order, LAYOUTS[layout], along_order=along, delta_softplus='delta_softplus' not in without)
 
 
-@pytest.mark.slow
 @runs
 @pytest.mark.parametrize('shared_u,shared_z,layout', [(True, True, 'sliced'), slow(True, False, 'expanded'),
                                                       slow(False, False, 'transposed')])
@@ -142,7 +141,6 @@ def half_inputs(dtype, **sizes):
     return inputs, order
 
 
-@pytest.mark.slow
 @runs
 @pytest.mark.parametrize('dtype', (torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)))
 def test_half(small_tiles, dtype):

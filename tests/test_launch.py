@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 from PIL import Image
@@ -184,3 +185,17 @@ def test_files_of_parameters_and_devices(tmp_path, capsys):
     with pytest.raises(SystemExit): main([str(ROOT/'nbs/coco.ipynb'), '--device', 'tpu'])
     assert "invalid choice: 'tpu'" in capsys.readouterr().err
     with pytest.raises(ValueError, match='allowed: the path of an .ipynb'): main(['nowhere.ipynb'])
+
+
+def test_a_notebook_run_here_leaves_no_names_to_the_next(tmp_path):
+    from IPython import get_ipython
+    from localmamba.parameters import check_parameters
+    cells = [nbformat.v4.new_code_cell('size = 3', metadata={'tags': ['parameters']}),
+             nbformat.v4.new_code_cell('found = get_ipython()', metadata={'tags': ['training']})]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/'small.ipynb')
+    before = get_ipython()
+    assert run_cells(tmp_path/'small.ipynb', {'size': 5})['size'] == 5
+    assert get_ipython() is before
+    space = {'size': 7, 'check_parameters': check_parameters}
+    exec('values = check_parameters()', space)
+    assert space['values'] == {'size': 7}
