@@ -110,6 +110,8 @@ def layer_directions(
 ) -> list[tuple[str, ...]]:  # one tuple a layer
     "The directions of each layer; raises `ValueError` if there are not `depth` of them or one is unknown."
     if isinstance(directions, str) and directions == 'search': directions = candidates
+    if not hasattr(directions, '__len__'):
+        raise ValueError(f"directions: got {directions!r}; allowed: a tuple of names, one such a layer, or 'search'")
     one_for_all = isinstance(directions, str) or any(isinstance(d, str) for d in directions)
     if one_for_all: return [check_directions(directions)] * depth
     if len(directions) != depth:

@@ -156,7 +156,8 @@ def expect_one(
     x: Tensor,
     *shapes,    # the shapes that are allowed
 ):
-    "Raise `ValueError` for a tensor whose shape is none of `shapes`."
+    "Raise `ValueError` for a tensor whose shape is none of `shapes`, `TypeError` for what is no tensor."
+    if not isinstance(x, Tensor): raise TypeError(f'{name}: got {type(x).__name__}; allowed: a tensor')
     if x.shape not in shapes:
         allowed = ' or '.join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(f'{name}: got shape {tuple(x.shape)}; allowed: {allowed}')
@@ -167,7 +168,8 @@ def expect(
     x: Tensor,
     *shape,     # sizes; a letter stands for any size
 ):
-    "Raise `ValueError` for a tensor that does not have this shape."
+    "Raise `ValueError` for a tensor that does not have this shape, `TypeError` for what is no tensor."
+    if not isinstance(x, Tensor): raise TypeError(f'{name}: got {type(x).__name__}; allowed: a tensor')
     if x.dim() != len(shape) or any(size != want for size, want in zip(x.shape, shape) if not isinstance(want, str)):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}; allowed: ({', '.join(map(str, shape))})")
 
@@ -178,6 +180,7 @@ def mamba_groups(
     "Raise `ValueError` unless the shapes are those of `mamba_ssm`'s layout."
     for name in ('A', 'B', 'C'):
         x = getattr(inputs, name)
+        if not isinstance(x, Tensor): raise TypeError(f'{name}: got {type(x).__name__}; allowed: a tensor')
         if x.is_complex(): raise ValueError(f'{name}: got dtype {x.dtype}; allowed: real numbers')
     expect('u', inputs.u, 'B', 'D', 'L')
     expect('A', inputs.A, inputs.u.shape[1], 'N')

@@ -72,6 +72,9 @@ def check_stack(
 ):
     "Raise `ValueError` naming the first size of a plain stack that cannot be."
     check_sizes(**sizes)
+    both = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if not isinstance(both, (tuple, list)) or [type(n) for n in both] != [int, int]:
+        raise ValueError(f'img_size: got {img_size!r}; allowed: an integer, or height and width')
     if min((img_size, img_size) if isinstance(img_size, int) else img_size) < sizes['patch_size']:
         raise ValueError(f"img_size: got {img_size}; allowed: from patch_size={sizes['patch_size']}")
     if sizes['embed_dim'] % 4 and rope:
@@ -178,7 +181,7 @@ def embed(self: LocalVim,
     x: Tensor,  # (B, in_chans, height, width) image
 ) -> tuple[Tensor, tuple[int, int], int | None]:  # (B, T, D) tokens in fp32, their grid, the class token's index
     "Patches, class token and position embedding; raises `ValueError` unless `x` is a batch of images."
-    check_image(x, self.in_chans)
+    check_image(x, self.in_chans, getattr(self.patch_embed, 'proj', None))
     x = self.patch_embed(fixed_size(x, 3, 2))
     grid = tuple(x.shape[1:3])
     x, index = x.flatten(1, 2), self.cls_index(grid[0] * grid[1])

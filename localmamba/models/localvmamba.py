@@ -170,7 +170,7 @@ def walk(self: LocalVMamba,
     last: int | None = None,  # stop after this stage
 ):  # yields (B, H, W, C) maps
     "The map at the end of each stage; raises `ValueError` unless `x` is a batch of images."
-    check_image(x, self.in_chans)
+    check_image(x, self.in_chans, getattr(self.patch_embed, 'proj', None))
     x = self.patch_embed(fixed_size(x, 3, 2))
     for stage in self.layers[:None if last is None else last + 1]:
         feature = stage(x, self.grad_checkpointing)
@@ -266,7 +266,9 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create(variant, pretrained=False, **kwargs):
-    return build_model(LocalVMamba, variant, pretrained, tuple(range(len(kwargs.get('dims', range(4))))), **kwargs)
+    dims = kwargs.get('dims')
+    stages = len(dims) if isinstance(dims, (tuple, list)) else 4
+    return build_model(LocalVMamba, variant, pretrained, tuple(range(stages)), **kwargs)
 
 # %% ../../nbs/lib/15_localvmamba.ipynb #f7623d3e
 _S_DEPTHS, _SUPERNET_DIMS = (2, 2, 27, 2), (32, 64, 128, 256)
