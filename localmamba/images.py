@@ -385,6 +385,7 @@ def _decode(path, found, valid, classes, size, skip_corrupt):
                 if not skip_corrupt: raise CorruptImage(where, e.why, SKIP) from e
                 skipped.append(where)
             else: labels.append(number[cls]), kept.append(f'{split}/{cls}/{name}')
+        if files and not labels: raise CorruptImage(where, f'and no other image of {split} can be decoded')
         arrays |= {f'{key}_images': images[:len(labels)], f'{key}_labels': np.array(labels, np.int64),
                    f'{key}_files': np.array(kept, dtype=str)}
     return arrays | dict(classes=np.array(classes), skipped=np.array(skipped, dtype=str))
@@ -417,7 +418,7 @@ def image_folder(
 ) -> tuple:  # training and validation `ImageSet`
     "Any folder of classes, decoded into memory."
     path = Path(path)
-    if not isinstance(size, int) or size < 1: raise ValueError(f'size: got {size!r}; allowed: an integer from 1')
+    if type(size) is not int or not 0 < size < 10000: raise ValueError(f'size: got {size!r}; allowed: 1 to 9999')
     if not path.exists(): raise FileNotFoundError(f'path: {path} does not exist\n{LAYOUT}')
     if path.is_dir():
         found = list_folder(path)
