@@ -90,7 +90,7 @@ def image_sets(
     "The images that settings speak of."
     if s['dataset'] != 'folder':
         return load_data(s['dataset'], s['data_dir'] or None, s['size'], s['n_train'] or None, s['n_valid'] or None)
-    if not s['data_dir']: raise ValueError("data_dir: needed for dataset 'folder'")
+    if not s['data_dir']: raise ValueError("data_dir: got ''; allowed: a folder, for dataset 'folder'")
     def part(split, n):
         found = photo_folder(s['data_dir'], split)
         return found.take(np.random.default_rng(0).permutation(len(found))[:n]) if n and n < len(found) else found

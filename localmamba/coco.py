@@ -241,8 +241,8 @@ def __getitem__(self: CocoFolder, i):
         picture = open_image(path, turn=False)  # annotated as it is stored
     image = np.asarray(picture)
     if image.shape[:2] != tuple(size):
-        raise ValueError(f'image {path} has {image.shape[0]}x{image.shape[1]} pixels, '
-                         f'its annotations say {size[0]}x{size[1]}')
+        raise ValueError(f'image {path}: got {image.shape[0]}x{image.shape[1]} pixels; '
+                         f'allowed: {size[0]}x{size[1]}, as its annotations say')
     boxes = np.array([a['bbox'] for a in instances], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     runs = [mask_of(a, size) for a in instances] if self.masks else []

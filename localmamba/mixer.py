@@ -35,9 +35,12 @@ def unpack(
     packed: Tensor,  # from `pack`, perhaps averaged or rounded since
 ) -> dict:
     "The facts in a tensor; raises `ValueError` if there are none to be read."
-    try: return json.loads(bytes(packed.detach().double().round().long().flatten().tolist()).decode())
+    try: facts = json.loads(bytes(packed.detach().double().round().long().flatten().tolist()).decode())
     except (NotImplementedError, RuntimeError): return {}  # a tensor without data says nothing
-    except (ValueError, AttributeError) as e: raise ValueError(f'what the weights belong to cannot be read: {e}') from e
+    except (ValueError, AttributeError) as e: facts = e
+    if isinstance(facts, dict): return facts
+    raise ValueError(f'_extra_state: got what cannot be read as what the weights belong to ({facts}); '
+                     'allowed: as it was saved, or none')
 
 # %% ../nbs/lib/11_mixer.ipynb #6aec8949
 class Described(nn.Module):

@@ -200,7 +200,7 @@ def read_search(
     if not Path(path).is_file():
         raise FileNotFoundError(f'no directions at {path}; allowed: a JSON file written by search_directions')
     try: record = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f'{path} is no JSON: {e}') from e
+    except (ValueError, RecursionError) as e: raise ValueError(f'{path} is no JSON: {e}') from e
     if not isinstance(record, dict) or not {'directions', 'fingerprint'} <= record.keys():
         raise ValueError(f"{path} holds no directions; allowed: an object with 'directions' and 'fingerprint'")
     layers = record['directions']
@@ -230,7 +230,7 @@ def resolve_directions(
             raise ValueError(f'directions: got {name!r}; allowed: the path of a .json file, or names in a list')
         directions = read_directions(name)
         if len(directions) != depth:
-            raise ValueError(f'directions: {name} holds {len(directions)} layers, the model has {depth}')
+            raise ValueError(f'directions: got {len(directions)} layers in {name}; allowed: {depth}, as the model has')
     return layer_directions(directions, depth)
 
 # %% ../nbs/lib/20_search.ipynb #d77c2de9

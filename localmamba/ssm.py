@@ -17,7 +17,7 @@ from torch import Tensor
 from .kernels.backends import (REFERENCE, backends, choice, fake_gradients, finish_gradients, kernels_of,
                                          operators, readable, register_operator, transformed)
 from .recurrence import (ScanInputs, along, apply_along, directional_conv_ref, directional_scan_ref, expect,
-                                   expect_one, from_mamba, scan_core, scan_steps, selective_scan_ref, to_mamba,
+                                   expect_dense, expect_one, from_mamba, scan_core, scan_steps, selective_scan_ref, to_mamba,
                                    to_raster)
 from .scan import TABLES, PrivateOrder, own_order, trusted_order
 
@@ -71,9 +71,7 @@ def _expect_dtypes(device, tensors):
     "Refuse tensors that are not floating point, or not on u's device."
     for name, x in tensors:
         if x is None and name in _OPTIONAL: continue
-        if not isinstance(x, Tensor): raise TypeError(f'{name}: got {type(x).__name__}; allowed: a tensor')
-        if x.layout != torch.strided or x.is_nested:
-            raise ValueError(f'{name}: got {"nested" if x.is_nested else x.layout}; allowed: a dense tensor')
+        expect_dense(name, x)
         if x.dtype not in _DTYPES:
             real = 'only real parameters are supported: ' if x.is_complex() else ''
             raise ValueError(f"{name}: got dtype {x.dtype}; allowed: {real}{', '.join(map(str, _DTYPES))}")
@@ -83,8 +81,7 @@ def _expect_dtypes(device, tensors):
 
 def _expect_order(order, device, K, L='L'):
     "Refuse an order of another dtype, device or shape."
-    if not isinstance(order, Tensor): raise TypeError(f'order: got {type(order).__name__}; allowed: a tensor')
-    if order.layout != torch.strided: raise ValueError(f'order: got {order.layout}; allowed: a dense tensor')
+    expect_dense('order', order)
     if order.dtype != torch.int64: raise ValueError(f'order: got dtype {order.dtype}; allowed: torch.int64')
     if order.device != device and order.device.type != 'cpu':
         raise ValueError(f'order: got device {order.device}; allowed: {device}, or cpu')
@@ -384,7 +381,8 @@ def directional_conv(
         if len(order) != len(x): expect('order', order, len(x), *order.shape[1:])
         return torch.cat([directional_conv(image[None], weight, bias, one, backend) for image, one in zip(x, order)])
     reference = transformed(x, weight, bias)
-    plain = all(isinstance(t, Tensor) for t in (x, weight, order)) and x.dim() == 3 and not weight.is_nested
+    given = [t for t in (x, weight, order, bias) if t is not bias or t is not None]
+    plain = all(isinstance(t, Tensor) and not t.is_nested for t in given) and x.dim() == 3
     if reference or torch.compiler.is_compiling() or not plain:
         _expect_conv(x, weight, bias, order)
     if reference:

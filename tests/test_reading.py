@@ -328,11 +328,12 @@ def test_boxes_fit_turned_pictures(tmp_path, way):
 def tiff(bits, values, white):
     "A grey TIFF of one strip, its numbers packed by hand."
     packed = int(''.join(f'{v:0{bits}b}' for v in values), 2).to_bytes(-(-bits * len(values) // 8), 'big')
+    if bits == 16: packed = np.array(values, '<u2').tobytes()
     tags = [(256, 4, len(values)), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, 1 - white), (273, 4, 8),
             (277, 3, 1), (278, 4, 1), (279, 4, len(packed))]
-    body = b''.join(struct.pack('>HHI', tag, kind, 1) + struct.pack('>HH' if kind == 3 else '>I', *([v, 0] if kind == 3
+    body = b''.join(struct.pack('<HHI', tag, kind, 1) + struct.pack('<HH' if kind == 3 else '<I', *([v, 0] if kind == 3
                     else [v])) for tag, kind, v in tags)
-    return struct.pack('>2sHI', b'MM', 42, 8 + len(packed)) + packed + struct.pack('>H', len(tags)) + body + bytes(4)
+    return struct.pack('<2sHI', b'II', 42, 8 + len(packed)) + packed + struct.pack('<H', len(tags)) + body + bytes(4)
 
 @pytest.mark.parametrize('bits', (8, 12, 16))
 @pytest.mark.parametrize('white', (False, True))

@@ -123,7 +123,7 @@ def test_ties_go_to_the_earlier_candidate():
 def test_a_file_of_directions_for_another_depth_is_refused(tmp_path):
     path = write_directions(tmp_path/'directions.json', [('h', 'w2')] * 3)
     assert resolve_directions(str(path), 3) == read_directions(path) == [('h', 'w2')] * 3
-    with pytest.raises(ValueError, match='holds 3 layers, the model has 4'): resolve_directions(path, 4)
+    with pytest.raises(ValueError, match='directions: got 3 layers in .*; allowed: 4'): resolve_directions(path, 4)
 
 
 TINY = ['-p', 'n_train', '128', '-p', 'n_valid', '40', '-p', 'depth', '2', '-p', 'embed_dim', '16', '-p', 'epochs', '1',

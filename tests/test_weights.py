@@ -97,20 +97,20 @@ def test_ema_weights_are_found_and_said(name, how, tmp_path, caplog):
         assert same(load_weights(timm.create_model(name), tmp_path/'a.pt', ema=False), plain)
 
 
-PREFIXES = {'module.': True, '_orig_mod.': True, 'module._orig_mod.': True, '_orig_mod.module.': True,
-            'backbone.': True, 'model.': True, 'encoder.': True, 'something.': False}
+PREFIXES = ('module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.', 'backbone.', 'model.', 'encoder.',
+            'module.module.', 'teacher.backbone.', 'something.')
 
 
-@pytest.mark.parametrize('prefix, known', PREFIXES.items())
-def test_prefixes(name, prefix, known, tmp_path):
+@pytest.mark.parametrize('prefix', PREFIXES)
+def test_prefixes(name, prefix, tmp_path):
     model = timm.create_model(name)
     for state in (model.state_dict(), to_released(model)):
         state = OrderedDict((prefix + k, v) for k, v in state.items())
         torch.save({'state_dict': state}, tmp_path/'a.pt')
-        if known: assert same(load_weights(timm.create_model(name), tmp_path/'a.pt'), model)
-        else:
-            with pytest.raises(ValueError, match='unexpected .*something.'):
-                load_weights(timm.create_model(name), tmp_path/'a.pt')
+        assert same(load_weights(timm.create_model(name), tmp_path/'a.pt'), model)
+        state['neck.weight'] = torch.zeros(2)
+        with pytest.raises(ValueError, match=r'unexpected \(1\): neck.weight'):
+            load_weights(timm.create_model(name), state)
 
 
 def test_what_wrappers_and_profilers_add(name, tmp_path):
@@ -146,8 +146,6 @@ def test_damaged_files_are_named(tmp_path):
     path.write_bytes(b'%PDF-1.4 no checkpoint')
     with pytest.raises(ValueError, match=r'a\.pt is damaged, or no checkpoint'): read_checkpoint(path)
     (tmp_path/'a.safetensors').write_bytes(whole)
-    read_checkpoint(tmp_path/'a.safetensors')  # by what is in it
-    (tmp_path/'a.safetensors').write_bytes(bytes(99))
     with pytest.raises(ValueError, match=r'a\.safetensors is damaged'): read_checkpoint(tmp_path/'a.safetensors')
 
 
@@ -176,7 +174,7 @@ def test_the_first_line_is_the_true_cause(name):
     with pytest.raises(ValueError, match='rope_pretrained_grid: got 8'):
         load_released(timm.create_model('test_local_vim'), turned)
     nothing = {'epoch': 3, **{f'key{i}': i for i in range(20)}}
-    with pytest.raises(ValueError, match='holds no weights: got epoch, key0, .*key19'): load_weights(model, nothing)
+    with pytest.raises(ValueError, match=r'holds no weights: got epoch \(int\), key0 .*key19'): load_weights(model, nothing)
     with pytest.raises(TypeError, match='source: got a int'): load_weights(model, 3)
 
 
@@ -187,13 +185,6 @@ def test_averaged_weights_under_more_names(under, caplog):
     held = {under[0]: {under[1]: state}} if isinstance(under, tuple) else {under: state}
     loaded = load_weights(timm.create_model('test_local_vim', depth=1), {'model': other.state_dict(), **held})
     assert same(loaded, model) and 'are taken, not those under model' in caplog.text
-
-
-@pytest.mark.parametrize('prefix', ['module.module.', 'model.model.', 'teacher.backbone.', 'anything.'])
-def test_any_prefix_that_all_names_have(prefix):
-    model = timm.create_model('test_local_vmamba')
-    state = {prefix + name: x for name, x in model.state_dict().items()}
-    assert same(load_weights(timm.create_model('test_local_vmamba'), {'model': state}), model)
 
 
 def test_what_stands_among_the_weights_is_left_out_and_named(caplog):

@@ -134,6 +134,9 @@ class LocalVMamba(VisionModel):
         d_conv: int = 3,  # side of the mixers' convolution
     ):
         super().__init__()
+        for name, sizes in (('dims', dims), ('depths', depths)):
+            if not isinstance(sizes, (tuple, list)):
+                raise ValueError(f'{name}: got {sizes!r}; allowed: integers from 1, one a stage, in a tuple')
         check_sizes(in_chans=in_chans, patch_size=patch_size, **{f'dims[{i}]': d for i, d in enumerate(dims)},
                     **{f'depths[{i}]': d for i, d in enumerate(depths)})
         if len(dims) != len(depths):
