@@ -17,8 +17,8 @@ from torch import Tensor
 from .kernels.backends import (REFERENCE, backends, choice, fake_gradients, finish_gradients, kernels_of,
                                          operators, readable, register_operator, transformed)
 from .recurrence import (ScanInputs, along, apply_along, directional_conv_ref, directional_scan_ref, expect,
-                                   expect_dense, expect_one, from_mamba, scan_core, scan_steps, selective_scan_ref, to_mamba,
-                                   to_raster)
+                                   expect_dense, expect_one, from_mamba, scan_core, scan_steps, selective_scan_ref,
+                                   to_mamba, to_raster)
 from .scan import TABLES, PrivateOrder, own_order, trusted_order
 
 # %% ../nbs/lib/03_ssm.ipynb #3b7b74a8

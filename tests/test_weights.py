@@ -174,7 +174,7 @@ def test_the_first_line_is_the_true_cause(name):
     with pytest.raises(ValueError, match='rope_pretrained_grid: got 8'):
         load_released(timm.create_model('test_local_vim'), turned)
     nothing = {'epoch': 3, **{f'key{i}': i for i in range(20)}}
-    with pytest.raises(ValueError, match=r'holds no weights: got epoch \(int\), key0 .*key19'): load_weights(model, nothing)
+    with pytest.raises(ValueError, match=r'holds no weights: got epoch \(int\), .*key19'): load_weights(model, nothing)
     with pytest.raises(TypeError, match='source: got a int'): load_weights(model, 3)
 
 
