@@ -20,6 +20,9 @@ export UV_SYSTEM_CERTS ?= 1
 # Threads sleep while they wait. Threads that spin take the processor from other processes: ten times slower, two at a time on two cores.
 export OMP_WAIT_POLICY ?= passive
 
+# Compiled modules are kept in .venv, also where containers say that they should not be: else each start takes three times as long.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help env test check slow lab export lock results miniature speedrun $(EXPERIMENTS)
 
 help:
