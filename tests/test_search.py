@@ -209,4 +209,4 @@ def test_experiments_take_a_file_of_directions(searches, notebook, given, monkey
     layers = next(d for d in space['frame'].directions if not isinstance(d[0], str))
     assert tuple(map(tuple, layers)) == tuple(read_directions(found))
     assert len(pd.read_csv(searches/f'results/{notebook}/digits/table.csv')) == 2
-    with pytest.raises(ValueError, match='the model has 3'): in_this_process(notebook, depth=3, **given)
+    with pytest.raises(ValueError, match='allowed: 3'): in_this_process(notebook, depth=3, **given)
