@@ -69,14 +69,15 @@ def subset(
     images: ImageSet,  # the set to choose from
     n: int,  # how many images to keep, 1 to len(images)
     seed: int = 0,  # which ones
-) -> ImageSet:  # n images, the classes as even as in `images` to within one image
+    rest: bool = False,  # the others instead
+) -> ImageSet:  # n images, the classes as even as in `images` to within one image; or those that are not among them
     "A random part of a set with the same share of each class."
     if not 1 <= n <= len(images): raise ValueError(f'n: got {n}; allowed: 1 to {len(images)}, the size of the set')
     rng = np.random.default_rng([seed, n])
     shuffled = rng.permutation(len(images))
     by_class = shuffled[np.argsort(images.labels[shuffled], kind='stable')]
     kept = by_class[np.linspace(0, len(images), n, endpoint=False).astype(int)]
-    return take(images, np.sort(kept))
+    return take(images, np.setdiff1d(shuffled, kept) if rest else np.sort(kept))
 
 # %% ../nbs/lib/21_images.ipynb #ec691b73
 def show_images(

@@ -66,8 +66,13 @@ def load_data(
     n_train: int = None,  # training images; None: all there are (6000 scenes for 'digits')
     n_valid: int = None,  # validation images; None: all there are (1000 scenes for 'digits')
     seed: int = 0,  # decides scenes and subsets
+    holdout: int = 0,  # so many training images are judged in place of the validation images: to tune on
 ) -> tuple:  # training and validation `ImageSet`
     "A data set by name."
+    if holdout:
+        train, _ = load_data(name, path, size, None, None, seed)
+        held, rest = subset(train, holdout, seed), subset(train, holdout, seed, rest=True)
+        return (subset(rest, n_train, seed) if n_train else rest), held
     if name not in DATASETS: raise ValueError(f'name: got {name!r}; allowed: {", ".join(DATASETS)}')
     if name == 'digits': return digit_scenes(size, n_train or 6000, n_valid or 1000, seed)
     if name == 'cifar10' and size == 32: return cifar10(path, n_train, n_valid, seed)
