@@ -23,9 +23,10 @@ class Job:
     minutes: float  # one of them takes, by the pilot
     wave: int = 0  # every seed of one wave comes before the next
 
-PLAN = [Job('ablation_scan', 'miniature', 12, 2), Job('ablation_scan', 'miniature_maps', 8, 2),
-        Job('families', 'miniature', 8, 2, 1), Job('ablation_search', 'miniature', 6, 3, 2),
-        Job('ablation_scattn', 'miniature', 8, 2, 2), Job('receptive_fields', 'miniature', 5, 2, 2)]
+PLAN = [Job('ablation_scan', 'miniature', 6, 5), Job('ablation_scan', 'miniature_maps', 8, 5, 1),
+        Job('ablation_scan', 'miniature_more', 6, 6, 2), Job('families', 'miniature', 8, 6, 3),
+        Job('ablation_search', 'miniature', 6, 8, 4), Job('ablation_scattn', 'miniature', 8, 6, 4),
+        Job('receptive_fields', 'miniature', 5, 5, 4)]
 QUICK = dict(record='quick', n_train=256, n_valid=128, epochs=1, search_epochs=1, seeds=[0])
 
 def settings(
@@ -50,8 +51,9 @@ def seconds_of(
     folder, found = Path(root or project_root())/'results'/job.experiment/given['record']/'runs', []
     for path in folder.glob('*/metrics.json'):
         params, metrics = read_json(path.with_name('params.json')) or {}, read_json(path) or {}
-        mine = params.get('seed') == seed and all(params[k] == v for k, v in given.items() if k in params
-                                                  and k != 'epochs')
+        named = params.get('row') in given.get('rows', [params.get('row')])
+        mine = named and params.get('seed') == seed and all(params[k] == v for k, v in given.items() if k in params
+                                                            and k != 'epochs')
         if mine: found.append(metrics.get('seconds', 0.))
     return found
 
@@ -128,17 +130,17 @@ def run_all(
     return failed
 
 # %% ../nbs/lib/43b_miniature.ipynb #98ac377a
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 
 def pilot(
     processes: int,  # side by side
 ):
-    "Every family of `families` with each learning rate; writes results/miniature/pilot.csv."
-    job = Job('families', 'pilot', 8, 1)
-    calls = [(f'pilot, lr {lr:g}', command(job, settings(job) | {'lr': lr}, [0], f'_{lr:g}')) for lr in RATES]
+    "Both families with each learning rate; writes results/miniature/pilot.csv."
+    jobs = [Job('ablation_scan', name, 1, 1) for name in ('pilot', 'pilot_maps')]
+    calls = [(f'{job.config}, lr {lr:g}', command(job, settings(job) | {'lr': lr}, [0], f'_{lr:g}'))
+             for job in jobs for lr in RATES]
     if failed := run_all(calls, processes): raise SystemExit(f'failed: {", ".join(failed)}')
-    found = collect('families', 'pilot')
-    table = found.pivot_table('top1', 'row', 'lr').round(2).reset_index()
+    table = collect('ablation_scan', 'pilot').pivot_table('top1', 'model', 'lr').round(2).reset_index()
     write_csv(project_root()/'results/miniature/pilot.csv', table)
     print(table.to_string(index=False))
 
