@@ -28,7 +28,7 @@ from .files import data_dir
 from .images import SPLIT_NAMES, CorruptImage, fingerprint, open_image, pictures_in, say_left_out
 
 # %% ../nbs/lib/26_coco.ipynb #cddda7ef
-COCO_LAYOUT = """expected layout:
+COCO_LAYOUT = """the expected layout:
     train2017/<file_name>      annotations/instances_train2017.json
     val2017/<file_name>        annotations/instances_val2017.json
 A .json holds {"images": [{"id", "file_name", "height", "width"}, ...], "categories": [{"id", "name"}, ...],
@@ -63,10 +63,13 @@ def read_annotations(
     masks: bool = True,  # refuse instances without a segmentation; False: segmentations are left out
 ) -> dict:  # lists 'images', 'categories' and 'annotations'
     "An annotation file, checked; raises `ValueError` that says what is wrong in which entry."
-    def wrong(words): return ValueError(f'annotations {path}: {words}\n{COCO_LAYOUT}')
+    def wrong(words):
+        rest = '\n' if 'allowed' in words else '; allowed: '
+        return ValueError(f'annotations {path}: {words}{rest}{COCO_LAYOUT}')
     try: held = json.loads(Path(path).read_text(encoding='utf-8-sig'))
-    except FileNotFoundError as e: raise FileNotFoundError(f'path: {path} does not exist\n{COCO_LAYOUT}') from e
-    except (ValueError, RecursionError) as e: raise wrong(f'not JSON ({e})') from e
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f'path: got {path}, which does not exist; allowed: {COCO_LAYOUT}') from e
+    except (ValueError, RecursionError) as e: raise wrong(f'got text that is not JSON ({e})') from e
     for part, fields in FIELDS.items():
         given = held.get(part) if isinstance(held, dict) else held
         if given is held or not isinstance(given, list):
@@ -185,7 +188,8 @@ class CocoFolder:
         masks: bool = True,  # instances have masks; False: boxes alone are read and judged
     ):
         self.folder, self.name, self.masks, held = Path(images), name, masks, read_annotations(annotations, masks)
-        if not self.folder.is_dir(): raise FileNotFoundError(f'path: {images} does not exist\n{COCO_LAYOUT}')
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f'path: got {images}, which does not exist; allowed: {COCO_LAYOUT}')
         self.categories = sorted(held['categories'], key=lambda c: c['id'])
         self.classes, self.category_ids = (tuple(c[key] for c in self.categories) for key in ('name', 'id'))
         self.label = {c: i + 1 for i, c in enumerate(self.category_ids)}
@@ -200,8 +204,8 @@ class CocoFolder:
         missing = [e['file_name'] for e in entries if e['file_name'] not in there]
         if missing and (not skip_missing or len(missing) == len(entries)):
             named = ', '.join(missing[:5]) + (', …' if len(missing) > 5 else '')
-            raise FileNotFoundError(f'annotations {annotations}: {len(missing)} of {len(entries)} images are not in '
-                                    f'{images}: {named}; skip_missing=True leaves some out, not all')
+            raise FileNotFoundError(f'annotations {annotations}: got {len(missing)} of {len(entries)} images that are '
+                                    f'not in {images}: {named}; allowed: with skip_missing=True some, not all')
         by_image = {e['id']: [] for e in entries}
         for a in held['annotations']: by_image[a['image_id']].append(a)
         kept = [e for e in entries if e['file_name'] in there]
@@ -284,7 +288,8 @@ def coco_instances(
     "COCO 2017, or any data in its layout."
     if split not in SPLIT_NAMES: raise ValueError(f'split: got {split!r}; allowed: {", ".join(SPLIT_NAMES)}')
     path, part = Path(path), dict(zip(SPLIT_NAMES, ('train2017', 'val2017')))[split]
-    if not path.is_dir(): raise FileNotFoundError(f'path: {path} does not exist\n{COCO_LAYOUT}')
+    if not path.is_dir():
+        raise FileNotFoundError(f'path: got {path}, which does not exist; allowed: {COCO_LAYOUT}')
     return CocoFolder(path/part, path/f'annotations/instances_{part}.json', f'{path.name}, {split}', skip_missing,
                       masks)
 

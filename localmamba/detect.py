@@ -142,7 +142,7 @@ def loaders(
     if train.masks != valid.masks:
         raise ValueError(f'valid: got masks={valid.masks}; allowed: masks={train.masks}, as train was opened')
     train = train.with_instances()
-    if not len(train): raise ValueError(f'train: {train.name} has no image with an instance')
+    if not len(train): raise ValueError(f'train: got no image with an instance in {train.name}; allowed: one at least')
     device = default_device() if device is None else device
     transform = TrainTransform(settings['augment'], settings['limits'], settings['mirror'], stats)
     common = dict(seed=seed, workers=workers, device=device, rank=rank, world=world)

@@ -40,7 +40,7 @@ def run_cells(
     cells = _cells(notebook)
     for tag in ('parameters', until):
         n = sum(tag in tags for _, tags in cells)
-        if n != 1: raise ValueError(f'notebook: {notebook} has {n} cells tagged {tag!r}; allowed: one')
+        if n != 1: raise ValueError(f'notebook: got {notebook}, which has {n} cells tagged {tag!r}; allowed: one')
     if not isinstance(parameters, dict): raise TypeError(f'parameters: got {parameters!r}; allowed: a dict')
     source = next(source for source, tags in cells if 'parameters' in tags)
     if (defaults := declared(source) if source.strip() else {}) is None:
@@ -91,9 +91,10 @@ def read_parameters(
     told = {}
     if file:
         try: told = _yaml(Path(file).read_text(encoding='utf-8')) or {}
-        except (OSError, ValueError) as e: raise ValueError(f'file: {file} cannot be read ({e})') from e
+        except (OSError, ValueError) as e:
+            raise ValueError(f'file: got {file} ({e}); allowed: lines of `name: value`') from e
         if not isinstance(told, dict):
-            raise ValueError(f'file: {file} holds a {type(told).__name__}; allowed: lines of `name: value`')
+            raise ValueError(f'file: got {file}, which holds a {type(told).__name__}; allowed: lines of `name: value`')
     for name, value in pairs:
         try: told[name] = _yaml(value) if value else ''
         except ValueError as e:

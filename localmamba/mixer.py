@@ -39,8 +39,7 @@ def unpack(
     except (NotImplementedError, RuntimeError): return {}  # a tensor without data says nothing
     except (ValueError, AttributeError) as e: facts = e
     if isinstance(facts, dict): return facts
-    raise ValueError(f'_extra_state: got what cannot be read as what the weights belong to ({facts}); '
-                     'allowed: as it was saved, or none')
+    raise ValueError(f'facts: got a tensor that cannot be read ({facts}); allowed: one of `pack`')
 
 # %% ../nbs/lib/11_mixer.ipynb #6aec8949
 class Described(nn.Module):

@@ -67,7 +67,7 @@ class UperNet(nn.Module):
                              'so name what lies around it (a background) too')
         plain = len(set(backbone.strides)) == 1
         if neck and not (plain and len(backbone.channels) == 4):
-            raise ValueError(f'neck=True needs four maps of one stride, not strides {backbone.strides}')
+            raise ValueError(f'neck: got True for maps of strides {backbone.strides}; allowed: four of one stride')
         self.backbone, self.num_classes, self.in_chans = backbone, num_classes, backbone.in_chans
         self.stats = pixel_stats(backbone.model, backbone.in_chans)
         widths = list(backbone.channels)
