@@ -410,7 +410,7 @@ def test_run_lengths_of_a_size_in_floats(tmp_path):
 def test_no_image_at_all_is_refused(tmp_path):
     coco_of(tmp_path, [[2, 2, 10, 2, 10, 10]])
     (tmp_path/'im/a.png').unlink()
-    with pytest.raises(FileNotFoundError, match='1 of 1 images are not in'):
+    with pytest.raises(FileNotFoundError, match='got 1 of 1 images that are not in'):
         CocoFolder(tmp_path/'im', tmp_path/'a.json', skip_missing=True)
 
 @pytest.mark.parametrize('change', [
