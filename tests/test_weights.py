@@ -222,7 +222,7 @@ def test_files_of_the_time_before_zip_cut_anywhere(tmp_path):
     assert read_checkpoint(path)['a'].tolist() == [1, 1, 1]
     for end in range(1, len(whole), 7):
         path.write_bytes(whole[:end])
-        with pytest.raises(ValueError, match='a.pt, which is damaged or no checkpoint .*; allowed'): read_checkpoint(path)
+        with pytest.raises(ValueError, match='a.pt, which is damaged or no checkpoint'): read_checkpoint(path)
 
 
 def test_dictionaries_in_themselves_and_ever_deeper():
