@@ -18,8 +18,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..mixer import (Described, VimMixer, check_choice, check_sizes, fixed_size, layer_directions,
-                              without_facts)
+from ..mixer import (FACTS, Described, VimMixer, check_choice, check_sizes, fixed_size, layer_directions, pack,
+                              unpack, without_facts)
 from .bundled import bundled_cfgs, bundled_options
 from .common import (RELEASED_URL, SMALL_IMAGES, VisionModel, cached_rope_tables, check_image,
                                       check_rate, expand_directions, linear_rates, model_cfg, resize_grid, rope_tables,
@@ -342,12 +342,14 @@ def fit_position(self: LocalVim,
     grid: tuple[int, int] | None = None,  # the file's grid, if it is known
 ) -> tuple[tuple[int, int], ...]:  # the grids that the file went through; the model's own if nobody knows
     "Put a file's position embedding on the model's grid, where grids differ."
-    pos = state.get('pos_embed')
+    pos, said = state.get('pos_embed'), unpack(state[FACTS]) if FACTS in state else {}
     if pos is None or pos.ndim != 3 or self.pos_embed is None or pos.shape[2] != self.embed_dim:
         return (self.grid_size,)
-    path = self.file_path(pos.shape[1] - self.num_prefix_tokens, tables, grid)
+    grids = [tuple(g) for g in said.get('rope_grids', [])]  # a file of ours says its grid
+    path = self.file_path(pos.shape[1] - self.num_prefix_tokens, tables, grids[-1] if grids else grid)
     if path is None: return (self.grid_size,)
     if path[-1] != self.grid_size:
+        if grids: state[FACTS] = pack(said | dict(rope_grids=[*grids, self.grid_size]))
         patches, cls = split_cls(pos, self.cls_index(pos.shape[1] - self.num_prefix_tokens))
         resized = resize_grid(patches[0], path[-1], self.grid_size).unsqueeze(0)
         at = self.cls_index(resized.shape[1])
@@ -362,6 +364,15 @@ def facts(self: LocalVim) -> dict:
                 resize=self.resize, rope_grids=self.rope_grids)
 
 LocalVim.recognised = ('resize', 'rope_grids')
+
+@patch
+def objections(self: LocalVim,
+    said: dict,  # from `facts`, of the weights that are being loaded
+) -> list[str]:
+    "A position embedding of as many tokens on another grid would fit, and be another picture."
+    theirs, own = said.get('rope_grids', [self.grid_size])[-1], self.grid_size
+    if self.pos_embed is None or tuple(theirs) == own or theirs[0] * theirs[1] != own[0] * own[1]: return []
+    return [f'the weights belong to {theirs[0]} × {theirs[1]} tokens; the model has {own[0]} × {own[1]}']
 
 @patch
 def recognise(self: LocalVim,
