@@ -37,7 +37,8 @@ def unpack(
     "The facts in a tensor; raises `ValueError` if there are none to be read."
     try: return json.loads(bytes(packed.detach().double().round().long().flatten().tolist()).decode())
     except (NotImplementedError, RuntimeError): return {}  # a tensor without data says nothing
-    except (ValueError, AttributeError) as e: raise ValueError(f'what the weights belong to cannot be read: {e}') from e
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f'facts: got a tensor that cannot be read ({e}); allowed: one of `pack`') from e
 
 # %% ../nbs/lib/11_mixer.ipynb #6aec8949
 class Described(nn.Module):

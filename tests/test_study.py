@@ -130,5 +130,6 @@ def test_the_plan_is_what_the_configurations_say():
         assert given['record'] == 'miniature' and (ROOT/f'nbs/{job.experiment}.ipynb').exists()
         if 'rows' in given: assert job.runs == len(given['rows']) * (2 if job.experiment == 'ablation_scattn' else 1)
     lines = forecast(root=ROOT)
-    assert [line['seed'] for line in lines] == sorted(line['seed'] for line in lines), 'seeds are the outer loop'
+    order = [(line['job'].wave, line['seed']) for line in lines]
+    assert order == sorted(order), 'seeds are the outer loop of a wave'
     assert sum(line['hours_done'] + line['hours_left'] for line in lines) < 45
