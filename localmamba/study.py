@@ -94,8 +94,8 @@ def one_by_one(
 ) -> list:  # of `Run`s
     "All trainings of an experiment, in one line of its notebook."
     with one_place() as line: runs = [train_one(*arguments) for arguments in asked]
-    seconds = sum(run.metrics['seconds'] for run in runs)
-    line.update(f'{len(runs)} training{"s" * (len(runs) != 1)} · {seconds:.0f} s together', last=True)
+    top1 = [run.metrics['top1'] for run in runs]
+    line.update(f'{len(runs)} training{"s" * (len(runs) != 1)} · top-1 {min(top1):.1f} to {max(top1):.1f} %', last=True)
     return runs
 
 # %% ../nbs/lib/43_study.ipynb #42c58885
