@@ -123,7 +123,7 @@ def results_dir(
 ) -> Path:  # not created here
     "Where an experiment's table, figures and runs lie; raises `ValueError` for what cannot name a folder."
     for argument, value in (('experiment', experiment), ('dataset', dataset)):
-        if not re.fullmatch(r'[\w][\w.-]*', str(value)):
+        if not isinstance(value, str) or not re.fullmatch(r'[\w][\w.-]*', value):
             raise ValueError(f'{argument}: got {value!r}; allowed: letters, digits, "_", "-" and ".", '
                              'because it names a folder')
     return Path(root or project_root())/'results'/experiment/dataset
@@ -131,7 +131,7 @@ def folder_name(
     path,  # of a data set
 ) -> str:  # letters, digits, "_", "-" and "."
     "What results of a data set are kept under: the name of its folder, blanks and the like replaced."
-    return re.sub(r'[^\w.-]+', '-', Path(path).resolve().name).strip('-.') or 'folder'
+    return re.sub(r'[^\w.-]+', '-', Path(path).resolve().name)[:80].strip('-.') or 'folder'
 
 def paper_file(
     name: str,  # such as 'coco_1x.csv'
@@ -176,7 +176,10 @@ def identity(
     begun = {rest[i] for i in np.linspace(0, len(rest) - 1, min(sample, len(rest))).astype(int)}
     for name in names:
         path = Path(folder)/name
-        about = path.stat()
+        try: about = path.stat()
+        except OSError:
+            if files is None: continue  # a broken link, or one to itself
+            raise
         if not stat.S_ISREG(about.st_mode): continue  # reading from a pipe would never end
         total += about.st_size
         digest.update(f'{name}\0{about.st_size}\0'.encode('utf-8', 'surrogateescape'))

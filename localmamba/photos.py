@@ -110,14 +110,12 @@ def train_transform(
 ):  # a PIL image to a tensor (3, size, size)
     "Random crop, flip, policy and erasing, by timm; bicubic."
     check_side(size)
-    try: timm_augment.auto_augment_transform(auto_augment or 'rand-m1', dict(translate_const=9, img_mean=(0, 0, 0)))
+    common = dict(is_training=True, scale=scale, hflip=hflip, color_jitter=color_jitter or None,
+                  interpolation='bicubic', re_prob=random_erasing, re_mode='pixel', mean=stats[0], std=stats[1])
+    try: transform = create_transform(size, auto_augment=auto_augment or None, **common)
     except (AssertionError, ValueError, IndexError, KeyError) as e:
         raise ValueError(f'auto_augment: got {auto_augment!r} ({e}); allowed: a policy of timm, such as '
                          "'rand-m9-mstd0.5-inc1', 'augmix-m3', 'original', or '' for none") from e
-    transform = create_transform(size, is_training=True, scale=scale, hflip=hflip, auto_augment=auto_augment or None,
-                                 color_jitter=color_jitter or None,
-                                 interpolation='bicubic', re_prob=random_erasing, re_mode='pixel', mean=stats[0],
-                                 std=stats[1])
     for op in (op for part in transform.transforms for op in getattr(part, 'ops', ())):
         if op.aug_fn is timm_augment.posterize: op.aug_fn = _posterize
     return transform

@@ -13,8 +13,9 @@ from PIL import Image
 
 from localmamba.ade20k import LabelledFolder, ade20k, read_labels
 from localmamba.coco import CocoFolder, average_precision, coco_instances, read_annotations, truth_as_results
+from localmamba.files import identity
 from localmamba.images import TURNS, CorruptImage, UnfitImage, image_folder, image_size, open_image
-from localmamba.photos import PhotoTransform, eval_transform, photo_folder, shortened
+from localmamba.photos import PhotoTransform, eval_transform, photo_folder, shortened, train_transform
 
 RNG = np.random.default_rng(0)
 BLOCKS = RNG.integers(0, 256, (5, 2, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)  # 40 high, 16 wide
@@ -373,6 +374,22 @@ def test_lists_with_gaps_and_a_mark(tmp_path, capsys):
     found = photo_folder(tmp_path, 'train')
     assert found.labels.tolist() == [1, 4] and found.files[0].endswith('train/a/Größe 1.png')
     assert '3 of the 5 class numbers from 0 have no image' in capsys.readouterr().out
+
+@pytest.mark.parametrize('policy', ['', 'rand-m9-mstd0.5-inc1', 'augmix-m3', 'original', 'best', 'rand-x0'])
+def test_policies(policy):
+    if policy in ('best', 'rand-x0'):
+        with pytest.raises(ValueError, match=f"auto_augment: got '{policy}' .*; allowed: a policy of timm"):
+            train_transform(16, auto_augment=policy)
+    else: assert train_transform(16, auto_augment=policy)(Image.new('RGB', (20, 20))).shape == (3, 16, 16)
+    for size in (0, -4, 2.5, '16', None, 10**7, (16, 0)):
+        with pytest.raises(ValueError, match='size: got'): train_transform(size, auto_augment='')
+        with pytest.raises(ValueError, match='size: got'): eval_transform(size)
+
+def test_the_identity_of_a_folder_with_broken_links(tmp_path):
+    (tmp_path/'a.png').write_bytes(b'x')
+    for name, target in (('gone', 'nowhere'), ('loop', tmp_path/'loop')): os.symlink(target, tmp_path/name)
+    assert identity(tmp_path)['bytes'] == 1
+    with pytest.raises(OSError): identity(tmp_path, ['gone'])
 
 def test_a_cache_of_something_else_is_made_anew(tmp_path):
     for split in ('train', 'val'):
