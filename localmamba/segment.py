@@ -250,7 +250,8 @@ def loaders(
 ) -> DataLoaders:  # fastai's, with two `SegmentationLoader`s; an epoch is `every` steps
     "Loaders for training and validation by a recipe."
     if train.classes != valid.classes:
-        raise ValueError(f'valid: got {len(valid.classes)} classes; allowed: the {len(train.classes)} of train')
+        odd = sorted(set(train.classes) ^ set(valid.classes)) or ['another order']
+        raise ValueError(f'valid: got other classes than train: {", ".join(odd[:8])}; allowed: the same')
     device = default_device() if device is None else device
     asked = ('crop', 'limits', 'ratio', 'cat_max_ratio', 'mirror', 'photometric')
     transform = TrainTransform(**{k: settings[k] for k in asked}, stats=stats)
