@@ -179,6 +179,15 @@ def test_workers_and_what_they_do_first(start, work, expected):
     with multiprocessing.get_context(start).Pool(1) as pool: assert pool.map(work, NAMES) == [expected] * 2
 
 
+@pytest.mark.parametrize('readout', ['head_cls', 'mid_cls'])
+def test_a_trace_with_a_class_token(readout):
+    model = timm.create_model('test_local_vim', depth=1, img_size=16, readout=readout).eval()
+    images = torch.randn(2, 3, 16, 16)
+    graph = torch.jit.trace(model, images, check_trace=False)
+    assert_close(graph(images[:1]), model(images[:1]))
+    with pytest.raises(RuntimeError): graph(torch.randn(2, 3, 8, 32))
+
+
 # layers in other clothes
 
 @pytest.mark.parametrize('name', NAMES)

@@ -168,7 +168,7 @@ def embed(self: LocalVim,
     "Patches, class token and position embedding; raises `ValueError` unless `x` is a batch of images."
     check_image(x, self.in_chans)
     x = self.patch_embed(fixed_size(x, 3, 2))
-    grid = tuple(x.shape[1:3])
+    grid = tuple(map(int, x.shape[1:3]) if torch.jit.is_tracing() else x.shape[1:3])
     x, index = x.flatten(1, 2), self.cls_index(grid[0] * grid[1])
     pos, cls_pos = self.resized_pos_embed(grid) if self.pos_embed is not None else (0, 0)
     x = x + pos
