@@ -173,7 +173,7 @@ def embed(self: LocalVim,
     pos, cls_pos = self.resized_pos_embed(grid) if self.pos_embed is not None else (0, 0)
     x = x + pos
     if index is not None:
-        cls = (self.cls_token + cls_pos).to(x.dtype).expand(len(x), -1, -1)
+        cls = (self.cls_token + cls_pos).to(x.dtype).expand(x.shape[0], -1, -1)
         x = torch.cat([x[:, :index], cls, x[:, index:]], 1)
     return x.to(torch.promote_types(x.dtype, torch.float32)), grid, index
 
