@@ -62,6 +62,13 @@ class UperNet(nn.Module):
         neck: bool = False,  # `MultiLevelNeck` between a plain backbone and the heads
     ):
         super().__init__()
+        for name, size, least, most in (('num_classes', num_classes, None, 65535), ('channels', channels, 1, 65535),
+                                        ('aux_channels', aux_channels, 0, 65535),
+                                        ('aux_index', aux_index or 0, 0, len(backbone.strides) - 1)):
+            if type(size) is not int or not (size if least is None else least) <= size <= most:
+                raise ValueError(f'{name}: got {size!r}; allowed: an integer from {least or 0} to {most}')
+        if not pool_scales or any(type(s) is not int or s < 1 for s in pool_scales):
+            raise ValueError(f'pool_scales: got {pool_scales!r}; allowed: integers from 1')
         if num_classes < 2:
             raise ValueError(f'num_classes: got {num_classes}; allowed: 2 or more: with one, every pixel is of it, '
                              'so name what lies around it (a background) too')

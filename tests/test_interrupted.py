@@ -333,7 +333,7 @@ def test_every_study_keeps_other_data_elsewhere(tmp_path, monkeypatch, capsys):
         Run('ablation_scan', kept('folder', 'two', 'folder')[0], {'seed': 0}, 'a run', data=second).finished
     for dataset, path, words in (('folder', '', 'data_dir'), ('imagenet', 'one', "got 'imagenet'")):
         with pytest.raises(ValueError, match=words): kept(dataset, path)
-    with pytest.raises(FileNotFoundError, match='no files are there'): kept('folder', 'nowhere')
+    with pytest.raises(FileNotFoundError, match='data: got nowhere, where no files are'): kept('folder', 'nowhere')
 
 
 def test_records_that_say_nothing_stay_valid(tmp_path):
