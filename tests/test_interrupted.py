@@ -312,7 +312,7 @@ def test_other_data_under_the_same_name_are_another_run(tmp_path, capsys):
     other = run()
     assert not other.finished and other.dir.parts[-3].startswith('photos-')
     assert 'these data are' in capsys.readouterr().out
-    with pytest.raises(ValueError, match='data: got 2 files of 6 bytes .* is of 2 files of 6 bytes'):
+    with pytest.raises(ValueError, match='data: got 2 files of 6 bytes .*; allowed: 2 files of 6 bytes'):
         Run('exp', 'photos', {'seed': 0}, 'a run', tmp_path, identity(tmp_path/'photos')).finished
 
 
