@@ -36,13 +36,13 @@ def sides(pair, p):
     return load(p) if pair is None else load2(p, SIDES)
 
 @inlined
-def rewalk(general, pair, m, n, steps, s, a, v, h_in):
+def rewalk(general, pair, m, n, steps, s, frame, a, v, h_in):
     "The forward of BLOCK states again: e_t, and h_t with the state before the chunk in front."
     q, wide = constants(m), m[CALL.padded] * VB
     a_n, h = states_of(pair, a + n * VB, wide), states_of(pair, h_in + n * VB, wide)
-    store_tile(s + FRAME.hidden, BLOCK * VB, h)
+    store_tile(frame + FRAME.hidden, BLOCK * VB, h)
     for t in range(steps):
-        x, xu, p = sides(pair, s + STEP.dt + t * VB), sides(pair, s + STEP.dtu + t * VB), s + t * TILE_BYTES
+        x, xu, p = sides(pair, s + STEP.dt + t * VB), sides(pair, s + STEP.dtu + t * VB), frame + t * TILE_BYTES
         e = decay(general, x, a_n, q)
         h = fma(e, h, values(general, v.b + t * v.step_b, n) * xu)
         store_tile(p + FRAME.decays, BLOCK * VB, e)
@@ -167,7 +167,7 @@ def write_channels(m, task, sums, size):
 def plain_gradients(pair, m, steps, s, frame, a, v, h_in, sums):
     "All states of one vector of channels, or of two, over a chunk."
     for n in range(0, m[CALL.padded], BLOCK):
-        rewalk(None, pair, m, n, steps, s, a, v, h_in)
+        rewalk(None, pair, m, n, steps, s, frame, a, v, h_in)
         if m[CALL.z.address]: walk_back(None, pair, True, m, n, steps, s, frame, a, v, sums)
         else: walk_back(None, pair, None, m, n, steps, s, frame, a, v, sums)
 
@@ -178,8 +178,8 @@ def general_gradients(m, k, v, steps, s, a, p, h_in, g):
     db, dc = g + 2 * size if m[CALL.const_b] else p.db, g + 3 * size if m[CALL.const_c] else p.dc
     sums = Sums(g, g + size, db, 0 if m[CALL.const_b] else wide, dc, 0 if m[CALL.const_c] else wide)
     for n in range(0, m[CALL.padded], BLOCK):
-        rewalk(True, None, m, n, steps, s, a, given, h_in)
-        walk_back(True, None, True, m, n, steps, s, s, a, given, sums)
+        rewalk(True, None, m, n, steps, s, p.frame, a, given, h_in)
+        walk_back(True, None, True, m, n, steps, s, p.frame, a, given, sums)
 
 # %% ../../nbs/lib/06a_scan_back_cpu.ipynb #012d09da
 @inlined
