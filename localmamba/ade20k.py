@@ -51,7 +51,7 @@ _ADE20K = (
 ADE20K_CLASSES = tuple(entry[:-7] for entry in _ADE20K.split(', '))
 ADE20K_COLOURS = tuple(tuple(bytes.fromhex(entry[-6:])) for entry in _ADE20K.split(', '))
 
-ADE20K_LAYOUT = '''expected layout:
+ADE20K_LAYOUT = '''the expected layout:
     images/training/<name>.jpg          annotations/training/<name>.png
     images/validation/<name>.jpg        annotations/validation/<name>.png
     classes.json                        only if the classes are not ADE20K's 150:
@@ -66,7 +66,7 @@ def label_image(path):
     "The numbers of a label map as a picture; raises `ValueError` for colours."
     image = open_image(path, None)
     if image.mode in ('1', 'L', 'P', 'I') or image.mode.startswith('I;16'): return image
-    raise ValueError(f'annotation {path}: its pixels are colours or fractions (mode {image.mode!r}); '
+    raise ValueError(f'annotation {path}: got colours or fractions (mode {image.mode!r}); '
                      'allowed: one channel of class numbers, 8-bit, 16-bit or with a palette')
 
 def read_labels(
@@ -86,7 +86,7 @@ def read_labels(
         wrong = np.unique(held[labels < 0])
         usual = (numbers, tuple(ignored)) == (tuple(range(1, n_classes + 1)), (0,))
         told = f'0 (unlabelled) to {n_classes}' if usual else f'{_some(numbers)} and, ignored, {_some(ignored)}'
-        raise ValueError(f'annotation {path}: holds {_some(wrong)}; allowed: {told}, one of {n_classes} classes; '
+        raise ValueError(f'annotation {path}: got {_some(wrong)}; allowed: {told}, one of {n_classes} classes; '
                          f'ignored=({wrong[0]},) says that a number counts nowhere')
     return labels.astype(np.uint8)
 
@@ -146,12 +146,13 @@ class LabelledFolder:
             raise ValueError(f'colours: got {len(self.colours)}; allowed: {len(self.classes)}, one a class')
         images, annotations = Path(images), Path(annotations)
         for folder in (images, annotations):
-            if not folder.is_dir(): raise FileNotFoundError(f'path: {folder} does not exist\n{layout}')
+            if not folder.is_dir():
+                raise FileNotFoundError(f'path: got {folder}, which does not exist; allowed: {layout}')
         files, maps = by_stem(images, SUFFIXES, name), by_stem(annotations, LABEL_SUFFIXES, f'{name}, annotations')
         for odd, words in ((files.keys() - maps.keys(), f'without an annotation in {annotations}'),
                            (maps.keys() - files.keys(), f'without an image in {images}')):
-            if odd: raise ValueError(f'path: {len(odd)} names {words}: {_some(sorted(odd), 5)}\n{layout}')
-        if not files: raise ValueError(f'path: no images in {images}\n{layout}')
+            if odd: raise ValueError(f'path: got {len(odd)} names {words}: {_some(sorted(odd), 5)}; allowed: {layout}')
+        if not files: raise ValueError(f'path: got no images in {images}; allowed: {layout}')
         self.files = [(files[stem], maps[stem]) for stem in sorted(files)]
 
     def __len__(self): return len(self.files)
@@ -174,8 +175,8 @@ def __getitem__(self: LabelledFolder, i):
     if image.shape[:2] != labels.shape == image.shape[1::-1] and turn is not None:
         labels = read(turn) # drawn on the picture as it is stored
     if image.shape[:2] != labels.shape:
-        raise ValueError(f'annotation {annotation}: has {labels.shape[0]}x{labels.shape[1]} pixels, and {file} has '
-                         f'{image.shape[0]}x{image.shape[1]}; allowed: the same size')
+        raise ValueError(f'annotation {annotation}: got {labels.shape[0]}x{labels.shape[1]} pixels; '
+                         f'allowed: {image.shape[0]}x{image.shape[1]}, as {file} has')
     return image, labels
 
 @patch
@@ -233,9 +234,9 @@ def chosen_numbers(
     if 0 not in seen or n in seen or max(seen) > n: return from_one
     if seen == set(range(n)) and first: return from_zero
     if seen == set(range(n)) or first:
-        raise ValueError(f'classes: no training label map holds {n}, the number of {classes[-1]!r} if {classes[0]!r} '
-                         f"is 1, and some hold 0. label_zero='class' says that 0 is {classes[0]!r}, "
-                         "label_zero='ignored' that 0 is unlabelled")
+        raise ValueError(f'classes: got training label maps of which some hold 0 and none {n}, the number of '
+                         f"{classes[-1]!r} if {classes[0]!r} is 1; allowed: label_zero='class' (0 is {classes[0]!r}) "
+                         "or label_zero='ignored' (0 is unlabelled)")
     return from_one
 
 # %% ../nbs/lib/27_ade20k.ipynb #b5785509
@@ -273,7 +274,7 @@ def own_numbers(
     if len(missing) > len(classes) - 2:
         held = [c for c in classes if c not in missing]
         found = f'only {held[0]!r}' if held else 'none'
-        raise ValueError(f'classes: the {len(maps)} training label maps hold {found} of the {len(classes)} classes; '
+        raise ValueError(f'classes: got {found} of the {len(classes)} classes in {len(maps)} training label maps; '
                          f'allowed: two or more, since one alone cannot be told from anything{cure}')
     if missing and not known:
         warnings.warn(f'classes: {len(missing)} of {len(classes)} are in none of the {len(maps)} training label maps: '
@@ -284,7 +285,7 @@ def no_strays(seen, strays, allowed, ignored):
     "Refuse numbers in label maps that stand for nothing, naming a file."
     if not strays: return
     told = f'0 to {allowed}' if isinstance(allowed, int) else _some(allowed)
-    raise ValueError(f'annotation {seen[min(strays)]}: holds {min(strays)}; allowed: {told}; '
+    raise ValueError(f'annotation {seen[min(strays)]}: got {min(strays)}; allowed: {told}; '
                      f'ignored={(*ignored, *sorted(strays)[:3])} says that a number counts nowhere')
 
 def _files_as(maps): return [(str(m), (about := m.stat()).st_size, about.st_mtime_ns) for m in maps]
@@ -299,7 +300,7 @@ def read_classes(
         return ValueError(f'{path}{where}: {key}: got {str(value)[:60]!r}; allowed: {allowed}\n{layout}')
     def whole(value, top): return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= top
     try: entries = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise ValueError(f'{path}: cannot be read as JSON ({e})\n{layout}') from e
+    except (ValueError, RecursionError) as e: raise ValueError(f'{path}: got no JSON ({e}); allowed: {layout}') from e
     if not isinstance(entries, list) or not entries: raise wrong('', 'content', entries, 'a list of classes')
     for i, entry in enumerate(entries):
         where = f', entry {i + 1}'
@@ -331,11 +332,11 @@ def ade20k(
     if split not in SPLIT_NAMES: raise ValueError(f'split: got {split!r}; allowed: {", ".join(SPLIT_NAMES)}')
     path = Path(path)
     if (path/'ADEChallengeData2016').is_dir(): path = path/'ADEChallengeData2016'
-    if not path.is_dir(): raise FileNotFoundError(f'path: {path} does not exist\n{ADE20K_LAYOUT}')
+    if not path.is_dir(): raise FileNotFoundError(f'path: got {path}, which does not exist; allowed: {ADE20K_LAYOUT}')
     missing = [part for part in ('images', 'annotations') if not (path/part/split).is_dir()]
     if missing:
         parts = ' and no '.join(f'{part}/{split}' for part in missing)
-        raise ValueError(f'path: {path} has no {parts}\n{ADE20K_LAYOUT}')
+        raise ValueError(f'path: got {path}, which has no {parts}; allowed: {ADE20K_LAYOUT}')
     names, colours, numbers = ADE20K_CLASSES, ADE20K_COLOURS, None
     if own := (path/'classes.json').exists():
         entries = read_classes(path/'classes.json', ADE20K_LAYOUT)
@@ -350,7 +351,7 @@ def ade20k(
                           **told)
 
 # %% ../nbs/lib/27_ade20k.ipynb #c2e55cf5
-COCO_SEMANTIC_LAYOUT = '''expected layout:
+COCO_SEMANTIC_LAYOUT = '''the expected layout:
     train2017/<name>.jpg        semantic/train2017/<name>.png
     val2017/<name>.jpg          semantic/val2017/<name>.png
     semantic/classes.json       [{"id": 1, "name": ...}, ...], ids from 1 without gaps; 0 is unlabelled'''
@@ -364,10 +365,11 @@ def coco_semantic(
     if split not in SPLIT_NAMES: raise ValueError(f'split: got {split!r}; allowed: {", ".join(SPLIT_NAMES)}')
     path, part = Path(path), dict(zip(SPLIT_NAMES, ('train2017', 'val2017')))[split]
     listed = path/'semantic/classes.json'
-    if not listed.is_file(): raise FileNotFoundError(f'path: {listed} does not exist\n{COCO_SEMANTIC_LAYOUT}')
+    if not listed.is_file():
+        raise FileNotFoundError(f'path: got {listed}, which does not exist; allowed: {COCO_SEMANTIC_LAYOUT}')
     entries = read_classes(listed, COCO_SEMANTIC_LAYOUT)
     if [entry.get('id') for entry in entries] != list(range(1, len(entries) + 1)):
-        raise ValueError(f'path: the ids in {listed} are not 1 to {len(entries)}\n{COCO_SEMANTIC_LAYOUT}')
+        raise ValueError(f'path: got other ids than 1 to {len(entries)} in {listed}; allowed: {COCO_SEMANTIC_LAYOUT}')
     names = tuple(entry['name'] for entry in entries)
     check_classes(names, None, ())
     home = next(folder for folder in (path/'semantic/train2017', path/'semantic'/part) if folder.is_dir()

@@ -63,7 +63,7 @@ def settings(
     "All settings, some of them changed."
     defaults = SETTINGS | ASIDE
     unknown = sorted(changes.keys() - defaults.keys())
-    if unknown: raise ValueError(f'settings: unknown {", ".join(unknown)}; allowed: {", ".join(defaults)}')
+    if unknown: raise ValueError(f'settings: got {", ".join(unknown)}; allowed: {", ".join(defaults)}')
     for name, value in changes.items():
         kind = type(defaults[name])
         if not isinstance(value, kind) and not (kind is float
@@ -90,7 +90,7 @@ def image_sets(
     "The images that settings speak of."
     if s['dataset'] != 'folder':
         return load_data(s['dataset'], s['data_dir'] or None, s['size'], s['n_train'] or None, s['n_valid'] or None)
-    if not s['data_dir']: raise ValueError("data_dir: needed for dataset 'folder'")
+    if not s['data_dir']: raise ValueError("data_dir: got ''; allowed: a folder or an archive, for 'folder'")
     def part(split, n):
         found = photo_folder(s['data_dir'], split)
         return found.take(np.random.default_rng(0).permutation(len(found))[:n]) if n and n < len(found) else found
@@ -108,7 +108,7 @@ def image_loaders(
         r['batch_size'] = max(1, len(train) - len(train) % 2)
         print(f'batches of {r["batch_size"]}: there are {len(train)} images to train on')
     if not in_memory and r['augment']:
-        raise ValueError(f"recipe: augment={r['augment']!r} is for images in memory; allowed for photographs: ''")
+        raise ValueError(f"recipe: got augment={r['augment']!r}, for images in memory; allowed for photographs: ''")
     if in_memory and not r['auto_augment'] and r['augment']:
         return loaders(train, valid, r['batch_size'], r['augment'], s['seed'], device)
     common = dict(stats=channel_stats(train if train is not None else valid)) if in_memory else {}

@@ -28,7 +28,7 @@ from .files import data_dir
 from .images import SPLIT_NAMES, CorruptImage, fingerprint, open_image, pictures_in, say_left_out
 
 # %% ../nbs/lib/26_coco.ipynb #cddda7ef
-COCO_LAYOUT = """expected layout:
+COCO_LAYOUT = """the expected layout:
     train2017/<file_name>      annotations/instances_train2017.json
     val2017/<file_name>        annotations/instances_val2017.json
 A .json holds {"images": [{"id", "file_name", "height", "width"}, ...], "categories": [{"id", "name"}, ...],
@@ -63,16 +63,19 @@ def read_annotations(
     masks: bool = True,  # refuse instances without a segmentation; False: segmentations are left out
 ) -> dict:  # lists 'images', 'categories' and 'annotations'
     "An annotation file, checked; raises `ValueError` that says what is wrong in which entry."
-    def wrong(words): return ValueError(f'annotations {path}: {words}\n{COCO_LAYOUT}')
+    def wrong(words):
+        rest = '\n' if 'allowed' in words else '; allowed: '
+        return ValueError(f'annotations {path}: {words}{rest}{COCO_LAYOUT}')
     try: held = json.loads(Path(path).read_text(encoding='utf-8-sig'))
-    except FileNotFoundError as e: raise FileNotFoundError(f'path: {path} does not exist\n{COCO_LAYOUT}') from e
-    except (ValueError, RecursionError) as e: raise wrong(f'not JSON ({e})') from e
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f'path: got {path}, which does not exist; allowed: {COCO_LAYOUT}') from e
+    except (ValueError, RecursionError) as e: raise wrong(f'got text that is not JSON ({e})') from e
     for part, fields in FIELDS.items():
-        if not isinstance(held, dict) or not isinstance(held.get(part), list): raise wrong(f'no list "{part}"')
+        if not isinstance(held, dict) or not isinstance(held.get(part), list): raise wrong(f'got no list "{part}"')
         held[part] = [checked(entry, i, part, fields, wrong) for i, entry in enumerate(held[part])]
         repeated = [i for i, n in Counter(entry['id'] for entry in held[part]).items() if n > 1]
-        if repeated: raise wrong(f'"{part}" has the id {repeated[0]} more than once')
-    if not held['images'] or not held['categories']: raise wrong('no images or no categories')
+        if repeated: raise wrong(f'got "{part}" that has the id {repeated[0]} more than once')
+    if not held['images'] or not held['categories']: raise wrong('got no images or no categories')
     if len({isinstance(entry['id'], str) for entry in held['categories']}) > 1:
         raise wrong('category ids: got numbers and texts; allowed: one kind')
     check_annotations(held, wrong, masks)
@@ -172,7 +175,8 @@ class CocoFolder:
         masks: bool = True,  # instances have masks; False: boxes alone are read and judged
     ):
         self.folder, self.name, self.masks, held = Path(images), name, masks, read_annotations(annotations, masks)
-        if not self.folder.is_dir(): raise FileNotFoundError(f'path: {images} does not exist\n{COCO_LAYOUT}')
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f'path: got {images}, which does not exist; allowed: {COCO_LAYOUT}')
         self.categories = sorted(held['categories'], key=lambda c: c['id'])
         self.classes, self.category_ids = (tuple(c[key] for c in self.categories) for key in ('name', 'id'))
         self.label = {c: i + 1 for i, c in enumerate(self.category_ids)}
@@ -187,8 +191,8 @@ class CocoFolder:
         missing = [e['file_name'] for e in entries if e['file_name'] not in there]
         if missing and not skip_missing:
             named = ', '.join(missing[:5]) + (', …' if len(missing) > 5 else '')
-            raise FileNotFoundError(f'annotations {annotations}: {len(missing)} of {len(entries)} images are not in '
-                                    f'{images}: {named}; skip_missing=True leaves them out')
+            raise FileNotFoundError(f'annotations {annotations}: got {len(missing)} of {len(entries)} images that are '
+                                    f'not in {images}: {named}; allowed: with skip_missing=True, which leaves them out')
         by_image = {e['id']: [] for e in entries}
         for a in held['annotations']: by_image[a['image_id']].append(a)
         kept = [e for e in entries if e['file_name'] in there]
@@ -227,8 +231,8 @@ def __getitem__(self: CocoFolder, i):
         picture = open_image(path, turn=False)  # annotated as it is stored
     image = np.asarray(picture)
     if image.shape[:2] != tuple(size):
-        raise ValueError(f'image {path} has {image.shape[0]}x{image.shape[1]} pixels, '
-                         f'its annotations say {size[0]}x{size[1]}')
+        raise ValueError(f'image {path}: got {image.shape[0]}x{image.shape[1]} pixels; '
+                         f'allowed: {size[0]}x{size[1]}, as its annotations say')
     boxes = np.array([a['bbox'] for a in instances], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     runs = [mask_of(a, size) for a in instances] if self.masks else []
@@ -270,7 +274,8 @@ def coco_instances(
     "COCO 2017, or any data in its layout."
     if split not in SPLIT_NAMES: raise ValueError(f'split: got {split!r}; allowed: {", ".join(SPLIT_NAMES)}')
     path, part = Path(path), dict(zip(SPLIT_NAMES, ('train2017', 'val2017')))[split]
-    if not path.is_dir(): raise FileNotFoundError(f'path: {path} does not exist\n{COCO_LAYOUT}')
+    if not path.is_dir():
+        raise FileNotFoundError(f'path: got {path}, which does not exist; allowed: {COCO_LAYOUT}')
     return CocoFolder(path/part, path/f'annotations/instances_{part}.json', f'{path.name}, {split}', skip_missing,
                       masks)
 
@@ -366,9 +371,9 @@ def average_precision(
     "How good predictions are, as on COCO."
     ids = {entry['id'] for entry, _ in dataset.entries}
     strange = sorted({r['image_id'] for r in results} - ids)
-    if strange: raise ValueError(f'results: images {strange[:5]} are not in {dataset.name}')
+    if strange: raise ValueError(f'results: got images {strange[:5]}; allowed: those of {dataset.name}')
     odd = sorted({str(r['category_id']) for r in results if r['category_id'] not in dataset.label})
-    if odd: raise ValueError(f'results: categories {odd[:5]} are not in {dataset.name}')
+    if odd: raise ValueError(f'results: got categories {odd[:5]}; allowed: those of {dataset.name}')
     kinds = kinds or (('box', 'mask') if dataset.masks else ('box',))
     if not dataset.masks and 'mask' in kinds:
         raise ValueError(f"kinds: got {kinds}; allowed: ('box',), since {dataset.name} was read without masks")

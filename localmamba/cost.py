@@ -7,6 +7,7 @@ __all__ = ['CONVENTIONS', 'count_parameters', 'scan_flops', 'example_input', 'co
 
 # %% ../nbs/lib/17_cost.ipynb #addb81bb
 import inspect
+from numbers import Integral, Number
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +68,8 @@ def _observe(model):
     def mixer(module, args, kwargs):
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         x = given['x']
-        if isinstance(module, SS2D): calls.append((len(x), (module, *x.shape[1:3], 0)))
-        elif x.ndim == 3:  # a VimMixer calls itself on the tokens of a map
+        if x.ndim == 4: calls.append((len(x), (module, *x.shape[1:3], 0)))
+        else:
             extra = int(given.get('cls_index') is not None)
             calls.append((len(x), (module, given['height'], given['width'], extra)))
 
@@ -98,11 +99,16 @@ def example_input(
     return torch.zeros(1, channels, height, width, **zeros)
 
 def _arguments(model, example):
-    "An example as positional and keyword arguments."
+    "A size, or an example, as positional and keyword arguments."
     if isinstance(example, Tensor): return (example,), {}
     if isinstance(example, dict): return (), example
-    if not isinstance(example, int) and any(isinstance(x, Tensor) for x in example): return tuple(example), {}
-    return (example_input(model, example),), {}
+    several = isinstance(example, (tuple, list))
+    if several and not all(isinstance(x, Number) for x in example): return tuple(example), {}
+    sides = example if several else (example, example)
+    if len(sides) != 2 or not all(isinstance(n, Integral) and n > 0 for n in sides):
+        raise ValueError(f'img_size: got {example!r}; allowed: pixels, one number or (height, width), or an example: '
+                         'a tensor, a tuple of arguments, a dict of keyword arguments')
+    return (example_input(model, tuple(map(int, sides))),), {}
 
 # %% ../nbs/lib/17_cost.ipynb #400c637c
 def count_flops(
@@ -119,5 +125,6 @@ def count_flops(
     finally:
         for module, mode in modes: module.training = mode
         for handle in handles: handle.remove()
-    products = sum(n for op, n in counter.get_flop_counts()['Global'].items() if 'directional' not in str(op)) // 2
+    counted = counter.get_flop_counts().get('Global', {})  # nothing, if no operator is one that PyTorch counts
+    products = sum(n for op, n in counted.items() if 'directional' not in str(op)) // 2
     return products + sum(norms) + sum(n * (scan_flops(*call, convention) - _seen_by_torch(*call)) for n, call in calls)

@@ -137,11 +137,11 @@ def loaders(
 ) -> DataLoaders:  # fastai's, with two `DetectionLoader`s; an epoch is `every` steps
     "Loaders for training and validation by a recipe."
     if train.classes != valid.classes:
-        raise ValueError(f'valid: its {len(valid.classes)} classes are not those of train ({len(train.classes)})')
+        raise ValueError(f'valid: got {len(valid.classes)} classes; allowed: the {len(train.classes)} of train')
     if train.masks != valid.masks:
         raise ValueError(f'valid: got masks={valid.masks}; allowed: masks={train.masks}, as train was opened')
     train = train.with_instances()
-    if not len(train): raise ValueError(f'train: {train.name} has no image with an instance')
+    if not len(train): raise ValueError(f'train: got no image with an instance in {train.name}; allowed: one at least')
     device = default_device() if device is None else device
     transform = TrainTransform(settings['augment'], settings['limits'], settings['mirror'], stats)
     common = dict(seed=seed, workers=workers, device=device, rank=rank, world=world)

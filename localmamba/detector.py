@@ -306,7 +306,8 @@ def forward(self: Detector,
                                               {k: torch.stack([losses[k] for _, losses in parts]).mean() for k
                                                in parts[0][1]})
     if targets is None or len(targets) != len(images):
-        raise ValueError(f'targets: {len(images)} needed in training, got {None if targets is None else len(targets)}')
+        given = None if targets is None else len(targets)
+        raise ValueError(f'targets: got {given}; allowed in training: {len(images)}, one an image')
     return self.once(list(images), targets)[1]
 
 def detector(

@@ -21,6 +21,7 @@ from torch._higher_order_ops.scan import scan_op
 
 from .cost import count_flops, count_parameters
 from .files import read_json, write_text
+from .models.bundled import card_words
 from .ssm import ScanArguments
 
 # %% ../nbs/lib/44_export.ipynb #a3a0a79b
@@ -362,12 +363,9 @@ def model_card(
                'Mean': list(cfg['mean']), 'Std': list(cfg['std']),
                'Directions': layers if len(set(layers)) > 1 else layers[0], 'Gate': model.mixers[0].attn.mode}
     if record is not None: details |= _trained(record)
-    usage = f"```python\nimport localmamba, timm\nmodel = timm.create_model('{name}', pretrained=True).eval()\n```"
-    paper = ('@article{huang2024localmamba, title={LocalMamba: Visual State Space Model with Windowed Selective Scan}, '
-             'author={Huang, Tao and Pei, Xiaohuan and You, Shan and Wang, Fei and Qian, Chen and Xu, Chang}, '
-             'journal={arXiv:2403.09338}, year={2024}}')
-    return dict(description=f'{type(model).__name__}, a state-space model for images, of the package localmamba.',
-                details=details, usage=usage, citation=paper, license=cfg.get('license') or 'apache-2.0') | words
+    own = dict(description=f'{type(model).__name__}, a state-space model for images, of the package localmamba.')
+    if cfg.get('license'): own['license'] = cfg['license']
+    return card_words(name, details) | own | words
 
 # %% ../nbs/lib/44_export.ipynb #f6636d4c
 def save_with_card(

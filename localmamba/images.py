@@ -233,7 +233,7 @@ def open_image(
 
 # %% ../nbs/lib/21_images.ipynb #6c61c98d
 VALID_NAMES = ('valid', 'val', 'test')
-LAYOUT = '''expected layout (a folder, or a .tar, .tar.gz, .tgz, .tar.bz2 or .tar.xz archive of it):
+LAYOUT = '''the expected layout (a folder, or a .tar, .tar.gz, .tgz, .tar.bz2 or .tar.xz archive of it):
     train/<class>/<name>.png|jpg|tif|webp|...
     valid/<class>/<name>.png|jpg|tif|webp|...        (or val/ or test/)'''
 
@@ -341,14 +341,14 @@ def list_archive(path):
                 if why: left_out[why] += 1
                 else: found.append((split, cls, name, archive.extractfile(member).read()))
     except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as e:
-        raise ValueError(f'path: {path} cannot be read as a tar archive ({e})\n{LAYOUT}') from e
+        raise ValueError(f'path: got {path}, which cannot be read as a tar archive ({e}); allowed: {LAYOUT}') from e
     say_left_out(path.name, left_out)
     return sorted(found)
 
 # %% ../nbs/lib/21_images.ipynb #8d61591e
 def check_layout(path, found):
     "The name of the validation split and the classes, or an error that shows the layout."
-    def wrong(words): return ValueError(f'path: {path}: {words}\n{LAYOUT}')
+    def wrong(words): return ValueError(f'path: got {path}, with {words}; allowed: {LAYOUT}')
     classes = {}
     for split, cls in {f[:2] for f in found}: classes.setdefault(split, set()).add(cls)
     if 'train' not in classes: raise wrong('no images under train/<class>/')
@@ -356,7 +356,7 @@ def check_layout(path, found):
     if valid is None: raise wrong('no images under valid/<class>/, val/<class>/ or test/<class>/')
     if classes['train'] != classes[valid]:
         odd = sorted(classes['train'] ^ classes[valid])
-        raise wrong(f'train and {valid} must have the same classes; only in one of them: {", ".join(odd[:10])}')
+        raise wrong(f'classes that only one of train and {valid} has: {", ".join(odd[:10])}')
     return valid, sorted(classes['train'])
 
 # %% ../nbs/lib/21_images.ipynb #99bfa72b
@@ -414,7 +414,7 @@ def image_folder(
     "Any folder of classes, decoded into memory."
     path = Path(path)
     if not isinstance(size, int) or size < 1: raise ValueError(f'size: got {size!r}; allowed: an integer from 1')
-    if not path.exists(): raise FileNotFoundError(f'path: {path} does not exist\n{LAYOUT}')
+    if not path.exists(): raise FileNotFoundError(f'path: got {path}, which does not exist; allowed: {LAYOUT}')
     if path.is_dir():
         found = list_folder(path)
         key, stem, home = fingerprint('upright', found), '.decoded', path

@@ -26,7 +26,7 @@ def _cells(notebook):  # code cells and their tags
     except OSError as e:
         raise ValueError(f'notebook: got {str(notebook)!r} ({e.strerror}); allowed: the path of an .ipynb') from e
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f'notebook: {notebook} is no notebook ({type(e).__name__}: {e})') from e
+        raise ValueError(f'notebook: got {notebook} ({type(e).__name__}: {e}); allowed: a notebook') from e
     return [(''.join(c['source']), c['metadata'].get('tags', [])) for c in cells if c['cell_type'] == 'code']
 
 def run_cells(
@@ -38,7 +38,7 @@ def run_cells(
     cells = _cells(notebook)
     for tag in ('parameters', until):
         n = sum(tag in tags for _, tags in cells)
-        if n != 1: raise ValueError(f'notebook: {notebook} has {n} cells tagged {tag!r}; allowed: one')
+        if n != 1: raise ValueError(f'notebook: got {notebook}, which has {n} cells tagged {tag!r}; allowed: one')
     refuse_parameters(next(declared(source) for source, tags in cells if 'parameters' in tags), parameters)
     canonical(parameters)
     ours, shell = not InteractiveShell.initialized(), InteractiveShell.instance()
@@ -73,9 +73,9 @@ def read_parameters(
     if file:
         try: told = yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-            raise ValueError(f'file: {file} cannot be read ({str(e).splitlines()[0]})') from e
+            raise ValueError(f'file: got {file} ({str(e).splitlines()[0]}); allowed: lines of `name: value`') from e
         if not isinstance(told, dict):
-            raise ValueError(f'file: {file} holds a {type(told).__name__}; allowed: lines of `name: value`')
+            raise ValueError(f'file: got {file}, which holds a {type(told).__name__}; allowed: lines of `name: value`')
     return told | {name: yaml.safe_load(value) if value else '' for name, value in pairs}
 
 def main(

@@ -31,12 +31,12 @@ def find_cifar10(
     if (home / 'cifar10').exists(): return home / 'cifar10'
     archives = sorted(a for a in home.glob('cifar10*') if '.tar' in a.suffixes or a.suffix == '.tgz')
     if archives: return archives[0]
-    where = f'CIFAR-10 is neither in {home / "cifar10"} nor in an archive {home / "cifar10*.tar*"}'
-    if not download: raise FileNotFoundError(f'{where}, and download=False\n{LAYOUT}')
+    where = f'path: got no CIFAR-10 in {home / "cifar10"} nor in an archive {home / "cifar10*.tar*"}'
+    if not download: raise FileNotFoundError(f'{where}, and download=False; allowed: {LAYOUT}')
     try: return Path(untar_data(URLs.CIFAR))
     except Exception as e:
-        raise FileNotFoundError(f'{where}, and downloading {URLs.CIFAR} failed ({type(e).__name__}: {e}). '
-                                f'Put it there or give path=...\n{LAYOUT}') from e
+        raise FileNotFoundError(f'{where}, and downloading {URLs.CIFAR} failed ({type(e).__name__}: {e}); '
+                                f'put it there or give path=...; allowed: {LAYOUT}') from e
 
 # %% ../nbs/lib/23_memory.ipynb #ebfc3f42
 def cifar10(
@@ -51,7 +51,7 @@ def cifar10(
     path = find_cifar10(download) if path is None else Path(path)
     train, valid = image_folder(path, 32, skip_corrupt)
     if train.classes != CIFAR10:
-        raise ValueError(f'path: {path} holds the classes {", ".join(train.classes[:12])}; '
+        raise ValueError(f'path: got {path} with the classes {", ".join(train.classes[:12])}; '
                          f'allowed: those of CIFAR-10, {", ".join(CIFAR10)}\n{LAYOUT}')
     train.name, valid.name = 'cifar10, train', 'cifar10, test'
     return (subset(train, n_train, seed) if n_train else train), (subset(valid, n_valid, seed) if n_valid else valid)

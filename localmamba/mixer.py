@@ -37,7 +37,8 @@ def unpack(
     "The facts in a tensor; raises `ValueError` if there are none to be read."
     try: return json.loads(bytes(packed.detach().double().round().long().flatten().tolist()).decode())
     except (NotImplementedError, RuntimeError): return {}  # a tensor without data says nothing
-    except (ValueError, AttributeError) as e: raise ValueError(f'what the weights belong to cannot be read: {e}') from e
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f'facts: got a tensor that cannot be read ({e}); allowed: one of `pack`') from e
 
 # %% ../nbs/lib/11_mixer.ipynb #6aec8949
 class Described(nn.Module):
@@ -53,6 +54,12 @@ class Described(nn.Module):
     ):
         "Take over what a state says; nothing here."
 
+    def objections(self,
+        said: dict,  # facts of a state
+    ) -> list[str]:  # what each of them is, in words
+        "What speaks against a state besides a fact that differs; nothing here."
+        return []
+
     def get_extra_state(self): return pack(self.facts())
     def set_extra_state(self, state): pass  # compared, and taken over, in `_load_from_state_dict`
 
@@ -67,7 +74,9 @@ class Described(nn.Module):
         wrong = [n for n in own if n in said and n not in self.recognised and said[n] != json.loads(json.dumps(own[n]))]
         error_msgs += [f'{where}: the weights belong to {_shown(n, said[n])}; the model has {_shown(n, own[n], False)}'
                        for n in wrong]
-        if said and not wrong: self.recognise(said)
+        if not said: return
+        error_msgs += [f'{where}: {words}' for words in self.objections(said)]
+        if not wrong: self.recognise(said)
 
 def _shown(name, value, named=True):
     "A fact in a message."
@@ -154,7 +163,7 @@ def check_map(
         raise ValueError(f'x: got shape {tuple(x.shape)}, {x.dtype}; allowed: {allowed}'
                          + ('; from (B, C, H, W) by x.permute(0, 2, 3, 1)' if swapped else ''))
     if torch.compiler.is_compiling() or x.shape[1] != dim: return
-    if dim > 1 and x.stride(1) == 1 and x.stride(-1) > 1 and x.stride(2) > 1:
+    if dim > 1 and x.stride(1) == 1 < x.stride(-1) < x.stride(2):  # channels first, rows after columns after channels
         raise ValueError(f'x: got shape {tuple(x.shape)} whose channels are its second axis; allowed: {allowed}')
 
 def check_tokens(
@@ -204,7 +213,7 @@ class ScanMixer(Described):
         super().__init__()
         check_choice(merge=(merge, MERGES), padding=(padding, PADDINGS), scattn=(scattn, MODES),
                      scattn_at=(scattn_at, SCATTN_PLACES))
-        check_sizes(dim=dim, d_state=d_state, expand=expand)
+        check_sizes(dim=dim, d_state=d_state, expand=expand, **{} if dt_rank is None else dict(dt_rank=dt_rank))
         self.directions = check_directions(directions)
         self.dim, self.d_inner, self.d_state, self.padding, self.merge_mode = dim, expand * dim, d_state, padding, merge
         self.scattn_at = scattn_at
@@ -281,6 +290,7 @@ class VimMixer(ScanMixer):
         **kwargs,  # see `ScanMixer`
     ):
         super().__init__(dim, directions, **kwargs)
+        check_sizes(d_conv=d_conv)
         check_choice(d_conv=(d_conv, range(1, 9)))  # what `directional_conv` takes
         K, E = len(self.directions), self.d_inner
         self.flip_cls = flip_cls
@@ -309,17 +319,20 @@ class VimMixer(ScanMixer):
         cls_index: int | None = None,  # where the class token stands among the tokens, None if there is none
     ) -> Tensor:  # as x
         "Mix the tokens; raises `ValueError` unless x is a map (B, H, W, D) or tokens of the given size."
+        size = None
         if isinstance(x, Tensor) and x.ndim == 4:
             check_map(x, self.dim)
             x = fixed_size(x, 2, 1)
-            return self(x.flatten(1, 2), *x.shape[1:3]).view(x.shape)
+            height, width = size = x.shape[1:3]
+            x = x.flatten(1, 2)
         check_tokens(x, self.dim, height, width, cls_index)
         order = order_table(self.directions, height, width, self.padding, cls_index, self.flip_cls, x.device)
         x, z = self.in_proj(x).chunk(2, -1)
         u = directional_conv(x, self.conv_weight, self.conv_bias, order)
         delta, B, C = self.project(u)
         branches = directional_scan(u, delta, self.A, B, C, order, z=z, along_order=True, **self.scan_parameters())
-        return self.out_proj(self.merge(branches))
+        y = self.out_proj(self.merge(branches))
+        return y.unflatten(1, size) if size else y
 
 # %% ../nbs/lib/11_mixer.ipynb #3e116462
 class SS2D(ScanMixer):
@@ -356,11 +369,10 @@ class SS2D(ScanMixer):
         "Mix the tokens; raises `ValueError` unless x is a map, channels last."
         check_map(x, self.dim)
         x = fixed_size(x, 2, 1)
-        height, width = x.shape[1:3]
+        size = height, width = x.shape[1:3]
         order = order_table(self.directions, height, width, self.padding, device=x.device)
-        x, z = self.in_proj(x).chunk(2, -1)
-        u = F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).flatten(1, 2)
+        x, z = self.in_proj(x.flatten(1, 2)).chunk(2, -1)  # layers in another's clothes may take (B, tokens, C) only
+        u = F.silu(self.conv2d(x.unflatten(1, size).permute(0, 3, 1, 2))).permute(0, 2, 3, 1).flatten(1, 2)
         delta, B, C = self.project(u.unsqueeze(1))
         branches = directional_scan(u, delta, self.A, B, C, order, **self.scan_parameters())
-        y = self.out_norm(self.merge(branches)).unflatten(1, (height, width))
-        return self.out_proj(y * F.silu(z))
+        return self.out_proj(self.out_norm(self.merge(branches)) * F.silu(z)).unflatten(1, size)

@@ -42,8 +42,8 @@ def param_groups(
 
 def _layers(model):  # {parameter: its layer, counted from the stem}
     if not hasattr(model, 'group_matcher'):
-        raise ValueError(f'layer_decay: {type(model).__name__} does not say which parameters form a layer '
-                         '(group_matcher); allowed: 1')
+        raise ValueError(f'layer_decay: got a {type(model).__name__}, which does not say which parameters form a layer '
+                         '(group_matcher); allowed for it: 1')
     return group_with_matcher(model.named_parameters(), model.group_matcher(coarse=False), reverse=True)
 
 # %% ../nbs/lib/29_optim.ipynb #b2e9739c

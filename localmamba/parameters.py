@@ -47,7 +47,8 @@ def refuse_parameters(
     if unknown:
         close = {n: difflib.get_close_matches(n, defaults, 1) for n in unknown}
         meant = ''.join(f' (did you mean {c[0]!r}?)' if c else '' for c in close.values())
-        raise ValueError(f'unknown parameter {", ".join(map(repr, unknown))}{meant}; allowed: {", ".join(defaults)}')
+        raise ValueError(f'unknown parameter: got {", ".join(map(repr, unknown))}{meant}; '
+                         f'allowed: {", ".join(defaults)}')
     for name, value in given.items():
         default = defaults[name]
         if not same_kind(default, value):

@@ -20,7 +20,7 @@ from .images import VALID_NAMES, open_image, say_left_out, split_folder
 from .stream import MEAN, STD, InOrder, Passes, StreamLoader, drawing
 
 # %% ../nbs/lib/25_photos.ipynb #c760ec97
-PHOTO_LAYOUT = '''expected layout:
+PHOTO_LAYOUT = '''the expected layout:
     train/<class>/<name>.png|jpg|tif|webp|...
     val/<class>/<name>.png|jpg|tif|webp|...  (or valid/ or test/)
 or, with lists:
@@ -49,7 +49,7 @@ def _folders(path, split):
     folder, found = split_folder(path, split, left_out)
     if folder is None:
         names = ' or '.join(f'{name}/<class>/' for name in (('train',) if split == 'train' else VALID_NAMES))
-        raise ValueError(f'path: {path} has no images under {names}\n{PHOTO_LAYOUT}')
+        raise ValueError(f'path: got {path}, which has no images under {names}; allowed: {PHOTO_LAYOUT}')
     say_left_out(f'{path.name}, {folder}', left_out)
     return [(f.path, i) for i, files in enumerate(found.values()) for f in files], list(found)
 
@@ -63,7 +63,7 @@ def _lists(path, split):
         if not words or not label.isdigit():
             raise ValueError(f'{file}, line {n}: got {line!r}; allowed: "<file> <class number>"')
         files.append((path/name/words[0], int(label)))
-    if not files: raise ValueError(f'{file} names no image\n{PHOTO_LAYOUT}')
+    if not files: raise ValueError(f'{file}: got the name of no image; allowed: {PHOTO_LAYOUT}')
     folders = sorted({f.parent.name for f, _ in files})
     n = max(label for _, label in files) + 1
     return files, folders if len(folders) == n else [str(i) for i in range(n)]
@@ -76,7 +76,7 @@ def photo_folder(
     "One split of a folder of photographs; no file is opened."
     path = Path(path)
     if split not in ('train', 'valid'): raise ValueError(f"split: got {split!r}; allowed: 'train', 'valid'")
-    if not path.is_dir(): raise FileNotFoundError(f'path: {path} is not a folder\n{PHOTO_LAYOUT}')
+    if not path.is_dir(): raise FileNotFoundError(f'path: got {path}, which is not a folder; allowed: {PHOTO_LAYOUT}')
     listed = (path/'meta'/('train.txt' if split == 'train' else 'val.txt')).is_file()
     files, classes = (_lists if listed else _folders)(path, split)
     return PhotoSet([str(f) for f, _ in files], np.array([label for _, label in files]), tuple(classes),
@@ -89,8 +89,8 @@ def same_classes(
     "Refuse two splits whose classes differ, naming some."
     if train.classes != valid.classes:
         odd = sorted(set(train.classes) ^ set(valid.classes)) or ['the order']
-        raise ValueError(f'{train.name} and {valid.name} must have the same classes; '
-                         f'only in one of them: {", ".join(odd[:10])}\n{PHOTO_LAYOUT}')
+        raise ValueError(f'{train.name}, {valid.name}: got classes that only one of them has: {", ".join(odd[:10])}; '
+                         f'allowed: the same classes in {PHOTO_LAYOUT}')
 
 # %% ../nbs/lib/25_photos.ipynb #8c8f66b2
 def train_transform(

@@ -64,7 +64,8 @@ class Together(DistributedTrainer):
     def before_fit(self):
         for dl in self.dls:
             if not hasattr(dl, 'world'):
-                raise TypeError(f'dls: {type(dl).__name__} cannot be shared between processes: no `rank`, `world`')
+                raise TypeError(f'dls: got a {type(dl).__name__}; '
+                                'allowed between processes: loaders with `rank` and `world`')
             dl.rank, dl.world = processes()
         super().before_fit()
         self.wrapped = self.learn.model

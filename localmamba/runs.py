@@ -118,8 +118,8 @@ class Run:
         if self.data is None: return
         recorded = (read_json(self.dir/'env.json', dict) or {}).get('data')
         if recorded and recorded.get('identity') != self.data['identity']:
-            raise ValueError(f'data: got {described_data(self.data)}; {self.dir} is of {described_data(recorded)}; '
-                             'give the data folder another name, or move this record away')
+            raise ValueError(f'data: got {described_data(self.data)}; allowed: {described_data(recorded)}, of which '
+                             f'{self.dir} is; give the data folder another name, or move this record away')
 
 # %% ../nbs/lib/28_runs.ipynb #50482d3a
 def described_data(data): return f"{data.get('files')} files of {data.get('bytes')} bytes ({data.get('identity')})"
@@ -223,8 +223,8 @@ def _begin(self: Run, facts):
     for leftover in self.dir.glob('.*.tmp'): leftover.unlink(missing_ok=True)
     recorded = read_json(self.dir/'params.json', dict)
     if recorded not in (None, self.params):
-        raise ValueError(f'params: {self.dir/"params.json"} holds {canonical(recorded)}, got {canonical(self.params)}; '
-                         'was the file edited? Move the directory away to run again')
+        raise ValueError(f'params: got {canonical(self.params)}; allowed: {canonical(recorded)}, as '
+                         f'{self.dir/"params.json"} holds (was the file edited?); move the directory away to run again')
     write_json(self.dir/'params.json', self.params)
     if self.data is not None: facts['data'] = self.data
     env, before = environment(**facts), read_json(self.dir/'env.json', dict) or {}
@@ -314,7 +314,7 @@ def finish(self: Run,
 ):
     "Write metrics.json, which makes the run finished, and remove the checkpoints."
     both = sorted(set(metrics) & set(self.params))
-    if both: raise ValueError(f'metrics: {both} are names of parameters; in a table they would be one column')
+    if both: raise ValueError(f'metrics: got {both}, names of parameters too; allowed: other names')
     canonical(metrics)
     write_json(self.dir/'metrics.json', metrics)
     for path in self.dir.glob('checkpoint*.pt'):
@@ -346,6 +346,6 @@ def summarise(
     "Mean, sample standard deviation and count, groups in order of first appearance."
     by = [by] if isinstance(by, str) else list(by)
     missing = [c for c in (*by, value) if c not in frame.columns]
-    if missing: raise ValueError(f'by, value: no column {missing}; allowed: {list(frame.columns)}')
+    if missing: raise ValueError(f'by, value: got {missing}; allowed: {list(frame.columns)}')
     groups = frame.groupby(by, sort=False, dropna=False)[value]
     return groups.agg(mean='mean', std='std', n='count').reset_index()

@@ -198,18 +198,20 @@ def read_search(
 ) -> dict:  # directions (one tuple a layer), fingerprint, candidates, top, model, provenance, probabilities if known
     "The whole record of a search; raises `ValueError` unless directions and fingerprint agree."
     if not Path(path).is_file():
-        raise FileNotFoundError(f'no directions at {path}; allowed: a JSON file written by search_directions')
+        raise FileNotFoundError(f'path: got {path}, where no file is; '
+                                'allowed: a JSON file written by search_directions')
     try: record = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f'{path} is no JSON: {e}') from e
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ValueError(f'{path}: got no JSON ({e}); allowed: a file written by search_directions') from e
     if not isinstance(record, dict) or not {'directions', 'fingerprint'} <= record.keys():
-        raise ValueError(f"{path} holds no directions; allowed: an object with 'directions' and 'fingerprint'")
+        raise ValueError(f"{path}: got no directions; allowed: an object with 'directions' and 'fingerprint'")
     layers = record['directions']
     if not isinstance(layers, list) or not layers or not all(isinstance(layer, list) for layer in layers):
         raise ValueError(f"{path}: got {str(layers)[:60]!r} as directions; allowed: one list of names a layer")
     record['directions'] = [check_directions(layer) for layer in layers]
     if fingerprint(layers) != record['fingerprint']:
-        raise ValueError(f'{path} was changed after it was written: its directions have the fingerprint '
-                         f'{fingerprint(layers)}, it says {record["fingerprint"]!r}')
+        raise ValueError(f'{path}: got directions of the fingerprint {fingerprint(layers)}, changed after they were '
+                         f'written; allowed: those of {record["fingerprint"]!r}')
     return record
 
 def read_directions(
@@ -230,7 +232,8 @@ def resolve_directions(
             raise ValueError(f'directions: got {name!r}; allowed: the path of a .json file, or names in a list')
         directions = read_directions(name)
         if len(directions) != depth:
-            raise ValueError(f'directions: {name} holds {len(directions)} layers, the model has {depth}')
+            raise ValueError(f'directions: got {len(directions)} layers in {name}; '
+                             f'allowed: {depth}, those of the model')
     return layer_directions(directions, depth)
 
 # %% ../nbs/lib/20_search.ipynb #d77c2de9

@@ -67,7 +67,7 @@ class UperNet(nn.Module):
                              'so name what lies around it (a background) too')
         plain = len(set(backbone.strides)) == 1
         if neck and not (plain and len(backbone.channels) == 4):
-            raise ValueError(f'neck=True needs four maps of one stride, not strides {backbone.strides}')
+            raise ValueError(f'neck: got True for maps of strides {backbone.strides}; allowed: four of one stride')
         self.backbone, self.num_classes, self.in_chans = backbone, num_classes, backbone.in_chans
         self.stats = pixel_stats(backbone.model, backbone.in_chans)
         widths = list(backbone.channels)
@@ -250,7 +250,7 @@ def loaders(
 ) -> DataLoaders:  # fastai's, with two `SegmentationLoader`s; an epoch is `every` steps
     "Loaders for training and validation by a recipe."
     if train.classes != valid.classes:
-        raise ValueError(f'valid: its {len(valid.classes)} classes are not those of train ({len(train.classes)})')
+        raise ValueError(f'valid: got {len(valid.classes)} classes; allowed: the {len(train.classes)} of train')
     device = default_device() if device is None else device
     asked = ('crop', 'limits', 'ratio', 'cat_max_ratio', 'mirror', 'photometric')
     transform = TrainTransform(**{k: settings[k] for k in asked}, stats=stats)

@@ -324,6 +324,7 @@ def _run(inputs, tokens, backend, state):
         return y.unflatten(1, (Bt, K)).squeeze(0), last_state.unflatten(1, (Bt, K)).squeeze(0)
     if state is None: return _scan(inputs, tokens, backend)
     tokens = _expect_scan(inputs, tokens)
+    _expect_dtypes(inputs.u.device, [('initial_state', state)])
     (Bt, K, _, D), N = inputs.delta.shape, inputs.A.shape[2]
     expect('initial_state', state, Bt, K, D, N)
     y, last_state = _scan(inputs, tokens, backend)

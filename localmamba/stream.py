@@ -129,7 +129,7 @@ class Samples(torch.utils.data.Dataset):
                 continue
             lost = image_names(self.dataset, [i])[0] if step else ''
             return self.transform(*held, self.draw.random(self.seed, epoch, position)), lost
-        raise ValueError(f'{self.dataset.name}: no image can be decoded')
+        raise ValueError(f'{self.dataset.name}: got no image that can be decoded; allowed: one at least')
 
 def image_names(dataset, indices):
     "What to call some of the images of a set in a message."

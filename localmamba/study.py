@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'DIGITS', 'ALPHA', 'MARGIN', 'VERDICTS', 'VIM', 'VMAMBA', 'CLAIMS', 'recipe_of', 'kept_as', 'check_rows',
-           'small_model', 'model_facts', 'runs_frame', 'histories', 'row_table', 'present', 'finish', 'pairs',
-           'difference', 'between_rows', 'holm', 'verdict', 'Claim', 'judge', 'said', 'show_verdicts', 'verdicts',
-           'own_verdicts']
+           'small_model', 'model_facts', 'one_by_one', 'runs_frame', 'histories', 'row_table', 'present', 'finish',
+           'pairs', 'difference', 'between_rows', 'holm', 'verdict', 'Claim', 'judge', 'said', 'show_verdicts',
+           'verdicts', 'own_verdicts']
 
 # %% ../nbs/lib/43_study.ipynb #fc0556e2
+import logging
 from dataclasses import dataclass
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from .figures.tables import show_table
 from .files import identity
 from .memory import DATASETS
 from .models.backbone import made
-from .progress import StatusLine
+from .progress import StatusLine, one_place
 from .runs import collect, dataset_name, project_root, summarise
 import localmamba.models.localvim, localmamba.models.localvmamba
 
@@ -86,6 +87,17 @@ def model_facts(
     flops = {f'flops_m_{c}': count_flops(net, size, c) / 1e6 for c in conventions}
     return {'params_m': count_parameters(net) / 1e6, **flops}
 
+# %% ../nbs/lib/43_study.ipynb #f00236dc
+def one_by_one(
+    train_one,  # a function of the arguments of a training; it gives the finished `Run`
+    asked,  # these arguments: a tuple a training
+) -> list:  # of `Run`s
+    "All trainings of an experiment, in one line of its notebook."
+    with one_place() as line: runs = [train_one(*arguments) for arguments in asked]
+    top1 = [run.metrics['top1'] for run in runs]
+    line.update(f'{len(runs)} training{"s" * (len(runs) != 1)} · top-1 {min(top1):.1f} to {max(top1):.1f} %', last=True)
+    return runs
+
 # %% ../nbs/lib/43_study.ipynb #42c58885
 def runs_frame(
     runs,  # finished `Run`s
@@ -136,6 +148,8 @@ def finish(
     "The end of an experiment: its table and the place of its figure, also in the terminal that started it."
     figure = figure.relative_to(project_root()) if figure.is_relative_to(project_root()) else figure
     StatusLine().update('\n'.join(map(str, (shown, *more, figure))), last=True)
+    # papermill interrupts its kernel as soon as that has answered the last question; the kernel would log an error
+    logging.getLogger('IPKernelApp').addFilter(lambda record: 'KeyboardInterrupt caught' not in record.getMessage())
 
 # %% ../nbs/lib/43_study.ipynb #4528b2d2
 ALPHA, MARGIN = .05, 1.

@@ -80,7 +80,7 @@ def check():
 
 def main():
     if '--check' in sys.argv: return check()
-    books = [str(p.relative_to(ROOT)) for p in sorted((ROOT/'nbs').rglob('*.ipynb'))
+    books = [str(p.relative_to(ROOT)) for p in sorted((ROOT/'nbs/lib').rglob('*.ipynb'))
              if '.ipynb_checkpoints' not in p.parts]
     files = [str(p.relative_to(ROOT)) for p in sorted((ROOT/'tests').glob('test_*.py'))]
     progress = Progress(books + files)

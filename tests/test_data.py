@@ -138,7 +138,7 @@ def test_truncated_archive(tmp_path):
     packed = tmp_path / 'set.tar.xz'
     with tarfile.open(packed, 'w:xz') as tar: tar.add(tree(tmp_path / 'set'), '.')
     packed.write_bytes(packed.read_bytes()[:2000])
-    with pytest.raises(ValueError, match='set.tar.xz cannot be read'): image_folder(packed)
+    with pytest.raises(ValueError, match='set.tar.xz, which cannot be read'): image_folder(packed)
 
 def test_grey_palette_and_alpha_images(tmp_path):
     root = tree(tmp_path / 'set')
@@ -155,7 +155,7 @@ def test_corrupt_images(tmp_path):
     with pytest.raises(ValueError, match='train/b/1.jpg'): image_folder(root)
 
 @pytest.mark.parametrize('remove, words', [('train', 'no images under train'), ('test', 'no images under valid'),
-                                           ('test/b', 'only in one of them: b')])
+                                           ('test/b', 'only one of train and test has: b')])
 def test_wrong_layout_shows_the_expected_one(tmp_path, remove, words):
     root = tree(tmp_path / 'set')
     (root / remove).rename(tmp_path / 'gone')

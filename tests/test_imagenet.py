@@ -296,7 +296,7 @@ def test_loaders_that_cannot_be_shared_are_refused():
     learn = learner(mlp(), ours())
     together = Together('cpu')
     together.learn = learn
-    with pytest.raises(TypeError, match='cannot be shared between processes'): together.before_fit()
+    with pytest.raises(TypeError, match='allowed between processes'): together.before_fit()
 
 
 @pytest.mark.slow
@@ -313,7 +313,7 @@ def test_the_command_line_trains_and_leaves_the_record_of_the_notebook(tmp_path)
                  recipe_options={'batch_size': 16})
     run = run_of(s, tmp_path)
     assert run.finished and (run.dir/'weights.pt').exists()
-    with pytest.raises(ValueError, match="unknown parameter 'sede'"):
+    with pytest.raises(ValueError, match="unknown parameter: got 'sede'"):
         main([str(ROOT/'nbs/imagenet.ipynb'), '-p', 'sede', '3'])
 
 
@@ -382,14 +382,14 @@ def test_a_corrupt_photograph(photographs, tmp_path, skip):
 
 
 def test_wrong_folders(tmp_path, photographs):
-    with pytest.raises(ValueError, match=r'has no images under train/<class>/\nexpected layout'):
+    with pytest.raises(ValueError, match='has no images under train/<class>/; allowed: the expected layout'):
         photo_folder(photographs/'train', 'train')
-    with pytest.raises(FileNotFoundError, match='is not a folder\nexpected layout'):
+    with pytest.raises(FileNotFoundError, match='is not a folder; allowed: the expected layout'):
         photo_folder(photographs/'nothing', 'train')
     (tmp_path/'train').mkdir()
     with pytest.raises(ValueError, match='no images under'): photo_folder(tmp_path, 'train')
-    with pytest.raises(ValueError, match="data_dir: needed"): image_sets(settings(dataset='folder'))
-    with pytest.raises(ValueError, match='augment=.crop. is for images in memory'):
+    with pytest.raises(ValueError, match="data_dir: got ''"): image_sets(settings(dataset='folder'))
+    with pytest.raises(ValueError, match='augment=.crop., for images in memory'):
         image_loaders(s := settings(dataset='folder', data_dir=str(photographs), recipe_options={'augment': 'crop'}),
                       *image_sets(s), 'cpu')
 

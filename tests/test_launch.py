@@ -174,11 +174,11 @@ def test_names_are_not_run(tmp_path, monkeypatch, parameters):
 
 
 def test_files_of_parameters_and_devices(tmp_path, capsys):
-    for text, words in (('- 1', 'holds a list'), ('a: [', 'cannot be read'),
-                        ('a: !!python/object/apply:os.getcwd []', 'cannot be read')):
+    for text, words in (('- 1', 'holds a list'), ('a: [', 'allowed: lines of'),
+                        ('a: !!python/object/apply:os.getcwd []', 'allowed: lines of')):
         (tmp_path/'x.yaml').write_text(text)
         with pytest.raises(ValueError, match=words): read_parameters(tmp_path/'x.yaml')
-    with pytest.raises(ValueError, match='file: .*no.yaml cannot be read'): read_parameters(tmp_path/'no.yaml')
+    with pytest.raises(ValueError, match='file: got .*no.yaml .*allowed: lines of'): read_parameters(tmp_path/'no.yaml')
     assert read_parameters('',
                            [('seed', '3'), ('rows', '[a, b]'),
                             ('label', '')]) == {'seed': 3, 'rows': ['a', 'b'], 'label': ''}

@@ -245,6 +245,25 @@ def test_the_class_token_belongs_to_the_weights():
         middle.load_state_dict(dict(head.state_dict()))
 
 
+def test_as_many_tokens_on_another_grid(tmp_path):
+    "The position embedding of 4 × 16 tokens would fit 8 × 8, and be another picture."
+    wide, square = (timm.create_model('test_local_vim', depth=1, img_size=s).eval() for s in ((16, 64), 32))
+    with pytest.raises(RuntimeError, match='the weights belong to 4 × 16 tokens; the model has 8 × 8'):
+        square.load_state_dict(dict(wide.state_dict()))
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad(): expected = wide(x)
+    assert_close(load_weights(square, wide.state_dict())(x), expected)
+    assert square.rope_grids == ((4, 16), (8, 8))
+    again = timm.create_model('test_local_vim', depth=1).eval()
+    again.load_state_dict(dict(square.state_dict()))
+    assert_close(again(x), expected)
+    save_file(wide.state_dict(), tmp_path/'a.safetensors')
+    overlay = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path/'a.safetensors')))
+    assert_close(timm.create_model('test_local_vim', depth=1, **overlay).eval()(x), expected)
+    with pytest.raises(RuntimeError, match='4 × 16 tokens'):  # timm resizes nothing here
+        timm.create_model('test_local_vim', depth=1, checkpoint_path=str(tmp_path/'a.safetensors'))
+
+
 def test_older_files_have_metadata_only(name):
     model, other = timm.create_model(name), timm.create_model(name, directions=('v', 'h', 'w2', 'w3'))
     state = model.state_dict()
@@ -383,8 +402,22 @@ def test_a_mixer_says_what_it_takes():
         for wrong in (torch.randn(2, 16, 5, 7), torch.randn(5, 7, 16), torch.randn(2, 5, 7, 16).long(), [1],
                       torch.randn(2, 16, 16, 16).to(memory_format=torch.channels_last)):
             with pytest.raises(ValueError, match=r'\(B, H, W, C\)'): mixer(wrong)
-    for cls, taps in ((SS2D, 2), (SS2D, 4), (SS2D, 0), (VimMixer, 0), (VimMixer, 9), (VimMixer, 2.5)):
+        turned = torch.randn(2, 16, 5, 16).permute(0, 3, 2, 1)  # a map on its side, and a map all the same
+        assert_close(mixer(turned), mixer(turned.contiguous()))
+    for cls, taps in ((SS2D, 2), (SS2D, 4), (SS2D, 0), (VimMixer, 0), (VimMixer, 9), (VimMixer, 2.5), (VimMixer, 2.),
+                      (VimMixer, True)):
         with pytest.raises(ValueError, match='d_conv: got'): cls(16, d_conv=taps)
+    with pytest.raises(ValueError, match='dt_rank: got'): SS2D(16, dt_rank=-1)
+
+
+@pytest.mark.parametrize('cls', [SS2D, VimMixer])
+def test_a_hook_on_a_mixer_fires_once(cls):
+    mixer, x, seen = cls(8, ('h', 'v')), torch.randn(2, 4, 5, 8), []
+    expected = 2 * mixer(x)
+    mixer.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape))
+    mixer.register_forward_hook(lambda module, given, answer: 2 * answer)
+    assert_close(mixer(x), expected)
+    assert seen == [x.shape]
 
 
 def test_any_module_is_counted():
@@ -399,3 +432,13 @@ def test_any_module_is_counted():
     assert count_flops(net, (12, 9)) == count_flops(net, torch.zeros(1, 1, 12, 9)) == bare + convolutions
     mixer, tokens = SS2D(18), torch.zeros(1, 64, 64, 18)
     assert count_flops(mixer, 64) == count_flops(mixer, dict(x=tokens)) > 64 * 64 * 18 * 18 * 6
+    mixer, tokens = VimMixer(8), torch.zeros(1, 108, 8)
+    ways = (12, 9), (tokens, 12, 9), dict(x=tokens, width=9, height=12), tokens.view(1, 12, 9, 8)
+    assert len({count_flops(mixer, way) for way in ways}) == 1
+    assert count_flops(nn.ReLU(), tokens) == 0
+
+    class Several(nn.Linear):
+        def forward(self, images): return [super(Several, self).forward(x) for x in images]
+    assert count_flops(Several(3, 4), ([torch.zeros(2, 3), torch.zeros(1, 3)],)) == 36
+    for size in (0, '32', None, (32,), 3.5):
+        with pytest.raises(ValueError, match='img_size: got'): count_flops(mixer, size)

@@ -70,6 +70,14 @@ def test_no_records_say_what_to_run(tmp_path, monkeypatch):
     assert space['there'] == [] and not (tmp_path/'README.md').exists()
 
 
+def test_the_tour_runs_and_writes_nothing(monkeypatch):
+    def state(): return {p: p.stat().st_mtime_ns for p in (ROOT/'results').glob('*.*')}
+    before = state()
+    monkeypatch.chdir(ROOT/'nbs')
+    text, _ = execute('index', monkeypatch)
+    assert 'torch.Size([1, 10])' in text and 'horizontal + local' in text and state() == before
+
+
 def test_every_experiment_is_on_the_page():
     cells = json.loads((ROOT/'nbs/results.ipynb').read_text())['cells']
     source = ''.join(''.join(cell['source']) for cell in cells)

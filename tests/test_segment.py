@@ -116,7 +116,7 @@ def test_one_channel_of_numbers_in_any_depth(tmp_path, mode):
 
 @pytest.mark.parametrize('change, words',
                          [(lambda a: a.convert('RGB'), 'colours or fractions'),
-                                           (lambda a: a.resize((64, 48), 0), 'has 48x64 pixels'),
+                                           (lambda a: a.resize((64, 48), 0), 'got 48x64 pixels'),
                                            (lambda a: Image.fromarray(np.asarray(a).astype(np.uint16) * 300),
                                             'allowed: 0 to 12')])
 def test_wrong_annotations(mine, change, words):

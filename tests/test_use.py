@@ -187,14 +187,17 @@ ADAPTERS = dict(
     HRAConfig=dict(r=2), C3AConfig=dict(block_size=1), FourierFTConfig=dict(n_frequency=8), RandLoraConfig=dict(r=2),
     MissConfig=dict(r=2), BOFTConfig=dict(boft_block_size=2),
     VBLoRAConfig=dict(vector_length=2, num_vectors=8), VeraConfig=dict(r=2), ShiraConfig=dict(r=1),
-    AdaLoraConfig=dict(total_step=10), RoadConfig=dict(group_size=2), LNTuningConfig=dict(target_modules=r'.*norm'))
+    AdaLoraConfig=dict(total_step=10), RoadConfig=dict(group_size=2), LNTuningConfig=dict(target_modules=r'.*norm'),
+    OFTConfig=dict(oft_block_size=4), WaveFTConfig=dict(n_frequency=8), FrodConfig={}, BeftConfig={}, OSFConfig={},
+    UniLoraConfig={}, **{f'{kind}Config': dict(r=2) for kind in (
+        'Deft', 'Delora', 'Glora', 'Gralora', 'Hira', 'Lily', 'Peanut', 'Psoft', 'Pvera', 'Supertuning', 'TinyLora')})
 
 
 @pytest.mark.parametrize('adapter', ADAPTERS)
 def test_adapters_learn(adapter):
     peft = pytest.importorskip('peft')
     if not hasattr(peft, adapter): pytest.skip(f'this peft has no {adapter}')
-    model = timm.create_model('test_local_vmamba', dims=(16,), depths=(1,))
+    model = small('test_local_vmamba')
     net = peft.get_peft_model(model, getattr(peft, adapter)(**dict(target_modules=LAYERS) | ADAPTERS[adapter]))
     trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
     for p in trained.values(): nn.init.normal_(p, std=0.1)

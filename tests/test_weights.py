@@ -132,7 +132,7 @@ def test_damaged_files_are_named(tmp_path):
     read_checkpoint(path)
     for end in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:end])
-        with pytest.raises(ValueError, match=r'a\.pt is damaged'): read_checkpoint(path)
+        with pytest.raises(ValueError, match=r'a\.pt, which is damaged'): read_checkpoint(path)
     with zipfile.ZipFile(tmp_path/'a.zip', 'w') as archive: archive.writestr('a', '')
     with zipfile.ZipFile(tmp_path/'a.zip') as archive: assert archive.testzip() is None
     storages = [(e.header_offset + 200, e.file_size) for e in _entries(path, whole) if e.file_size > 1000]
@@ -142,11 +142,11 @@ def test_damaged_files_are_named(tmp_path):
             start, size = storages[rng.integers(len(storages))]
             changed[start + int(rng.integers(size - 200))] ^= 1 << int(rng.integers(8))
         path.write_bytes(changed)
-        with pytest.raises(ValueError, match=r'a\.pt is damaged'): read_checkpoint(path)
+        with pytest.raises(ValueError, match=r'a\.pt, which is damaged'): read_checkpoint(path)
     path.write_bytes(b'%PDF-1.4 no checkpoint')
-    with pytest.raises(ValueError, match=r'a\.pt is damaged, or no checkpoint'): read_checkpoint(path)
+    with pytest.raises(ValueError, match=r'a\.pt, which is damaged or no checkpoint'): read_checkpoint(path)
     (tmp_path/'a.safetensors').write_bytes(whole)
-    with pytest.raises(ValueError, match=r'a\.safetensors is damaged'): read_checkpoint(tmp_path/'a.safetensors')
+    with pytest.raises(ValueError, match=r'a\.safetensors, which is damaged'): read_checkpoint(tmp_path/'a.safetensors')
 
 
 def _entries(path, content):

@@ -326,7 +326,7 @@ def receptive_field(
         part = part.detach().clone().requires_grad_()
         maps = features(part)
         if maps.ndim != 4:
-            raise ValueError(f'features: gave shape {tuple(maps.shape)}; allowed: maps (B, channels, h, w)')
+            raise ValueError(f'features: got maps of shape {tuple(maps.shape)}; allowed: maps (B, channels, h, w)')
         centre = maps[..., maps.shape[-2] // 2, maps.shape[-1] // 2]
         total += torch.autograd.grad(centre.sum(), part)[0].abs().sum((0, 1)).double().cpu().numpy()
     if not total.sum() > 0:

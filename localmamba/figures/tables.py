@@ -89,7 +89,7 @@ def write_blocks(
     for name, table in blocks.items():
         found = re.search(rf'(<!-- {re.escape(name)} -->\n)(.*?)(<!-- end -->)', text, re.S)
         if not found:
-            raise ValueError(f'blocks: got {name}, which has no <!-- {name} --> … <!-- end --> in {path.name}')
+            raise ValueError(f'blocks: got {name}; allowed: what {path.name} holds as <!-- name --> … <!-- end -->')
         new = table.markdown() + ('' if table.note else '\n')
         if new != found[2]: text, changed = text[:found.start(2)] + new + text[found.end(2):], changed + [name]
     if changed:

@@ -64,7 +64,7 @@ class PatchMerging(nn.Module):
         "Half the sides."
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         x = torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)
-        return self.reduction(self.norm(x))
+        return self.reduction(self.norm(x).flatten(1, 2)).unflatten(1, x.shape[1:3])
 
 # %% ../../nbs/lib/15_localvmamba.ipynb #629a9c04
 class Block(nn.Module):

@@ -61,14 +61,19 @@ def to_released(
     return released
 
 # %% ../../nbs/lib/13_weights.ipynb #d8122ca8
+def _damaged(path, why, further=''):
+    said = (str(why).splitlines() or [type(why).__name__])[0][:150]
+    return ValueError(f'checkpoint: got {path}, which is damaged{further} ({said}); allowed: a whole file of weights')
+
 def check_file(
     path: Path,
 ):
     "Raise `FileNotFoundError`, or `ValueError` for a file that is empty, cut off, changed, or larger than it seems."
-    if not path.is_file(): raise FileNotFoundError(f'no checkpoint at {path}')
+    if not path.is_file():
+        raise FileNotFoundError(f'checkpoint: got {path}, where no file is; allowed: a file of weights')
     size = path.stat().st_size
     with path.open('rb') as file: magic = file.read(4)
-    if not size: raise ValueError(f'{path} is damaged: it is empty')
+    if not size: raise _damaged(path, 'it is empty')
     if magic[:2] != b'PK': return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -77,8 +82,8 @@ def check_file(
                 raise ValueError(f'{path}: got {size:,} bytes that unpack to {unpacked:,}; allowed: at most the same')
             broken = archive.testzip()
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f'{path} is damaged: cut off or changed ({error})') from error
-    if broken: raise ValueError(f'{path} is damaged: {broken} is not what was written (its checksum differs)')
+        raise _damaged(path, f'cut off or changed: {error}') from error
+    if broken: raise _damaged(path, f'{broken} is not what was written, its checksum differs')
 
 # %% ../../nbs/lib/13_weights.ipynb #1cb6c7cc
 class _Placeholder:
@@ -190,14 +195,16 @@ def read_checkpoint(
     check_file(path)
     if path.suffix == '.safetensors':
         try: return weights_in(load_file(path), path, ema)
-        except SafetensorError as error: raise ValueError(f'{path} is damaged: {error}') from error
+        except SafetensorError as error: raise _damaged(path, error) from error
     try: content, skipped = _unpickled(path)
     except pickle.UnpicklingError as error:
         named = re.search(r'GLOBAL (\S+) whose module', str(error))
-        if named: raise ValueError(f'{path} holds {named[1]}, a program and no data; nothing in it was run') from error
-        raise ValueError(f'{path} is damaged, or no checkpoint: {str(error).splitlines()[0][:150]}') from error
+        if named:
+            raise ValueError(f'checkpoint: got {path} with {named[1]}, a program; allowed: data; '
+                             'nothing in it was run') from error
+        raise _damaged(path, error, ' or no checkpoint') from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path} is damaged, or no checkpoint: {str(error).splitlines()[0][:150]}') from error
+        raise _damaged(path, error, ' or no checkpoint') from error
     if skipped := [n for n in skipped if n.partition('.')[0] not in _HARMLESS]:
         _log.warning('%s: left out, since they are no data: %s', path, ', '.join(skipped))
     return weights_in(content, path, ema)
@@ -330,7 +337,9 @@ def load_whole(
 ) -> nn.Module:  # the same, for chaining
     "Load the state of a network as it was written, strictly; raises `ValueError` saying what does not fit."
     try: net.load_state_dict(read_checkpoint(path))
-    except RuntimeError as e: raise ValueError(f'{path} does not fit this {what}: {str(e)[:2000]}') from e
+    except RuntimeError as e:
+        raise ValueError(f'checkpoint: got {path}, which does not fit this {what}; allowed: its own weights: '
+                         f'{str(e)[:2000]}') from e
     return net
 
 # %% ../../nbs/lib/13_weights.ipynb #3c6219f2
