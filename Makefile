@@ -36,8 +36,8 @@ env: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
-	mkdir -p .venv/etc/jupyter/jupyter_server_config.d
-	cp nbs/jupyter_server_config.json .venv/etc/jupyter/jupyter_server_config.d/localmamba.json
+	mkdir -p .venv/etc/jupyter
+	cp nbs/jupyter_server_config.json .venv/etc/jupyter/jupyter_server_config.json
 	touch $@
 
 $(EXPERIMENTS): env

@@ -209,14 +209,17 @@ def numbers_seen(
     least: int = 0,  # of them; 0: all
 ) -> dict:  # number: the first file that holds it
     "The numbers in label maps, looked at in a random order."
-    seen = {}
+    seen, corrupt = {}, None
     if len(maps) > 2000:
         print(f'{Path(maps[0]).parent}: looking for {len(wanted)} classes in up to {len(maps)} label maps', flush=True)
     for i in np.random.default_rng(0).permutation(len(maps)):
         try: held = np.unique(np.asarray(label_image(maps[i])))
-        except CorruptImage: continue # said when it is read
+        except CorruptImage as e:  # one of many is said when it is read
+            corrupt = e
+            continue
         for number in held.tolist(): seen.setdefault(int(number), maps[i])
         if len(wanted & seen.keys()) >= (least or len(wanted)): break
+    if corrupt and not seen: raise corrupt
     return seen
 
 BACKGROUNDS = ('background', 'bg', '_background_', 'back', 'other', 'others', 'none', 'void', 'rest', 'hintergrund')
@@ -299,13 +302,14 @@ def read_classes(
     def wrong(where, key, value, allowed):
         return ValueError(f'{path}{where}: {key}: got {str(value)[:60]!r}; allowed: {allowed}\n{layout}')
     def whole(value, top): return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= top
-    try: entries = json.loads(Path(path).read_text(encoding='utf-8'))
+    try: entries = json.loads(Path(path).read_text(encoding='utf-8-sig'))
     except (ValueError, RecursionError) as e: raise ValueError(f'{path}: got no JSON ({e}); allowed: {layout}') from e
     if not isinstance(entries, list) or not entries: raise wrong('', 'content', entries, 'a list of classes')
     for i, entry in enumerate(entries):
         where = f', entry {i + 1}'
         if not isinstance(entry, dict): raise wrong(where, 'content', entry, '{"name": ...}')
         name, colour = entry.get('name'), entry.get('colour')
+        if 'color' in entry: raise wrong(where, 'color', entry['color'], 'a colour under the key "colour"')
         if not isinstance(name, str) or not name.strip(): raise wrong(where, 'name', name, 'a text')
         if 'colour' in entry and not (isinstance(colour, list) and len(colour) == 3
                                       and all(whole(v, 255) for v in colour)):

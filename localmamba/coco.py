@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COCO_LAYOUT', 'A_NUMBER', 'A_SIDE', 'FIELDS', 'OPTIONAL', 'KINDS', 'SCORES', 'is_number', 'is_whole', 'is_text',
            'is_id', 'is_place', 'is_box', 'read_annotations', 'checked', 'check_annotations', 'segmentation_problem',
-           'unpacked', 'mask_of', 'CocoFolder', 'coco_instances', 'instance', 'coco_scenes', 'as_results',
-           'truth_as_results', 'average_precision']
+           'unpacked', 'mask_of', 'no_pixel', 'CocoFolder', 'coco_instances', 'instance', 'coco_scenes', 'as_results',
+           'truth_as_results', 'check_results', 'average_precision']
 
 # %% ../nbs/lib/26_coco.ipynb #f96da86f
 import copy
@@ -71,11 +71,13 @@ def read_annotations(
         raise FileNotFoundError(f'path: got {path}, which does not exist; allowed: {COCO_LAYOUT}') from e
     except (ValueError, RecursionError) as e: raise wrong(f'got text that is not JSON ({e})') from e
     for part, fields in FIELDS.items():
-        if not isinstance(held, dict) or not isinstance(held.get(part), list): raise wrong(f'got no list "{part}"')
+        given = held.get(part) if isinstance(held, dict) else held
+        if given is held or not isinstance(given, list):
+            raise wrong(f'"{part}": got {str(given)[:60]}; allowed: a list in a dictionary')
         held[part] = [checked(entry, i, part, fields, wrong) for i, entry in enumerate(held[part])]
         repeated = [i for i, n in Counter(entry['id'] for entry in held[part]).items() if n > 1]
-        if repeated: raise wrong(f'got "{part}" that has the id {repeated[0]} more than once')
-    if not held['images'] or not held['categories']: raise wrong('got no images or no categories')
+        if repeated: raise wrong(f'"{part}": id: got {repeated[0]} more than once; allowed: each once')
+        if not held[part] and part != 'annotations': raise wrong(f'"{part}": got an empty list; allowed: one or more')
     if len({isinstance(entry['id'], str) for entry in held['categories']}) > 1:
         raise wrong('category ids: got numbers and texts; allowed: one kind')
     check_annotations(held, wrong, masks)
@@ -119,12 +121,12 @@ def segmentation_problem(a, size, far):
     if not given: return 'polygons or run lengths; masks=False reads boxes alone'
     if isinstance(given, dict):
         if given.get('size') != list(size): return f'run lengths of the size of the image, {list(size)}'
-        counts = given.get('counts')
-        try: counts = unpacked(counts) if isinstance(counts, str) else counts
+        runs = counts = given.get('counts')
+        try: runs = unpacked(counts) if isinstance(counts, str) else counts
         except (IndexError, ValueError): return 'run lengths that can be unpacked'
-        if not isinstance(counts, list) or not all(is_whole(n, 0) for n in counts) or sum(counts) != size[0] * size[1]:
+        if not isinstance(runs, list) or not all(is_whole(n, 0) for n in runs) or sum(runs) != size[0] * size[1]:
             return f'run lengths from 0 that make {size[0] * size[1]} pixels'
-        if not isinstance(given['counts'], str): given['counts'] = [int(n) for n in counts]
+        a['segmentation'] = {'size': list(size), 'counts': counts if isinstance(counts, str) else [*map(int, counts)]}
         return ''
     if not isinstance(given, list) or not all(isinstance(p, list) and all(is_number(v, -far, far) for v in p) for p
                                               in given):
@@ -164,6 +166,17 @@ def mask_of(
                          f'allowed: those of its image, {list(size)}')
     return rle.segmToRle(given, size[1], size[0])
 
+def no_pixel(annotation, size):
+    "Is the mask of an annotation empty? Only what is small or reaches out of the image is drawn to find out."
+    given = annotation['segmentation']
+    if isinstance(given, list):
+        for p in given:
+            x, y = p[::2], p[1::2]
+            twice = sum(a * d - b * c for a, b, c, d in zip(x, y, [*x[1:], x[0]], [*y[1:], y[0]]))
+            inside = min(x) >= 0 and min(y) >= 0 and max(x) <= size[1] and max(y) <= size[0]
+            if inside and abs(twice) >= 8: return False
+    return not rle.area(mask_of(annotation, size))
+
 # %% ../nbs/lib/26_coco.ipynb #e3adf663
 class CocoFolder:
     "Images on disk and the instances in them, read one at a time."
@@ -189,10 +202,10 @@ class CocoFolder:
         if unlisted := len(there - {e['file_name'] for e in entries}): left_out['that no entry names'] = unlisted
         say_left_out(name, left_out)
         missing = [e['file_name'] for e in entries if e['file_name'] not in there]
-        if missing and not skip_missing:
+        if missing and (not skip_missing or len(missing) == len(entries)):
             named = ', '.join(missing[:5]) + (', …' if len(missing) > 5 else '')
             raise FileNotFoundError(f'annotations {annotations}: got {len(missing)} of {len(entries)} images that are '
-                                    f'not in {images}: {named}; allowed: with skip_missing=True, which leaves them out')
+                                    f'not in {images}: {named}; allowed: with skip_missing=True some, not all')
         by_image = {e['id']: [] for e in entries}
         for a in held['annotations']: by_image[a['image_id']].append(a)
         kept = [e for e in entries if e['file_name'] in there]
@@ -203,6 +216,7 @@ class CocoFolder:
         (left, top, width, height), ok = a['bbox'], a.get('area', 1) > 0
         if ok:
             ok = min(left + width, entry['width']) > max(left, 0) and min(top + height, entry['height']) > max(top, 0)
+        ok = ok and not (self.masks and no_pixel(a, (entry['height'], entry['width'])))
         self.left_out['instances of zero area'] += not ok
         return ok
     def names(self, indices): return [str(self.folder/self.entries[i][0]['file_name']) for i in indices]
@@ -363,18 +377,29 @@ def truth_as_results(
 KINDS = {'box': 'bbox', 'mask': 'segm'}
 SCORES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
 
+def check_results(dataset, results, kinds):
+    "Refuse results that the evaluator would choke on, naming the first."
+    sizes = {entry['id']: [entry['height'], entry['width']] for entry, _ in dataset.entries}
+    for i, r in enumerate(results):
+        runs, score = r.get('segmentation'), r.get('score')
+        if isinstance(runs, dict): runs = runs | {'counts': _text(runs.get('counts'))}
+        wrong = (('image_id', f'an image of {dataset.name}') if r.get('image_id') not in sizes else
+                 ('category_id', f'a category of {dataset.name}') if r.get('category_id') not in dataset.label else
+                 ('score', 'a number') if not is_number(score) else
+                 ('bbox', FIELDS['annotations']['bbox'][1]) if 'box' in kinds and not is_box(r.get('bbox')) else
+                 ('segmentation', f"run lengths of {sizes[r['image_id']]} pixels") if 'mask' in kinds and
+                 segmentation_problem({'segmentation': runs if isinstance(runs, dict) else None},
+                                      sizes[r['image_id']], 0) else None)
+        if wrong: raise ValueError(f'results[{i}]: {wrong[0]}: got {str(r.get(wrong[0]))[:60]}; allowed: {wrong[1]}')
+
 def average_precision(
     dataset: CocoFolder,  # the truth
     results: list,  # see `as_results`
     kinds=None,  # 'box', 'mask' or both; None: both, or the boxes of a set without masks
 ) -> tuple:  # scores in %, 'AP_box' to 'APl_mask', None for nothing to find; curves: kind, iou, recall, precision
     "How good predictions are, as on COCO."
-    ids = {entry['id'] for entry, _ in dataset.entries}
-    strange = sorted({r['image_id'] for r in results} - ids)
-    if strange: raise ValueError(f'results: got images {strange[:5]}; allowed: those of {dataset.name}')
-    odd = sorted({str(r['category_id']) for r in results if r['category_id'] not in dataset.label})
-    if odd: raise ValueError(f'results: got categories {odd[:5]}; allowed: those of {dataset.name}')
     kinds = kinds or (('box', 'mask') if dataset.masks else ('box',))
+    check_results(dataset, results, kinds)
     if not dataset.masks and 'mask' in kinds:
         raise ValueError(f"kinds: got {kinds}; allowed: ('box',), since {dataset.name} was read without masks")
     results = [{**r, 'category_id': dataset.label[r['category_id']]} for r

@@ -137,7 +137,8 @@ def loaders(
 ) -> DataLoaders:  # fastai's, with two `DetectionLoader`s; an epoch is `every` steps
     "Loaders for training and validation by a recipe."
     if train.classes != valid.classes:
-        raise ValueError(f'valid: got {len(valid.classes)} classes; allowed: the {len(train.classes)} of train')
+        odd = sorted(set(train.classes) ^ set(valid.classes)) or ['another order']
+        raise ValueError(f'valid: got other classes than train: {", ".join(odd[:8])}; allowed: the same')
     if train.masks != valid.masks:
         raise ValueError(f'valid: got masks={valid.masks}; allowed: masks={train.masks}, as train was opened')
     train = train.with_instances()

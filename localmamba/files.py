@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['whole_file', 'write_text', 'write_json', 'read_json', 'write_csv', 'read_csv', 'project_root', 'data_dir',
-           'results_dir', 'folder_name', 'paper_file', 'files_below', 'identity']
+           'results_dir', 'folder_name', 'paper_file', 'fingerprint', 'files_below', 'identity']
 
 # %% ../nbs/lib/19_files.ipynb #5b34695d
 import csv, hashlib, io, json, os, re, stat
@@ -59,13 +59,17 @@ def write_json(
     "Write `obj` as indented JSON, whole or not at all."
     write_text(path, json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False) + '\n')
 
+def _no_number(text): raise ValueError(f'the value {text}')
+
 def read_json(
     path,  # the file to read
     kind=None,  # a class that what it holds must be of; None: any
 ):  # what it holds; None when it is not there or not whole
     "Read a JSON file that may be missing or cut off; raises `TypeError` for one that holds something else than `kind`."
-    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
+    try: found = json.loads(Path(path).read_text(encoding='utf-8'), parse_constant=_no_number)
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError): return None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{path}: got {e}; allowed: JSON with finite numbers; was it edited?') from e
     if kind is None or isinstance(found, kind): return found
     raise TypeError(f'{path}: got a {type(found).__name__} ({str(found)[:60]}); allowed: a {kind.__name__}; '
                     'was it edited?')
@@ -95,7 +99,8 @@ def read_csv(
     if text and not text.endswith('\n'):
         if not mend: raise ValueError(f'{path}: its last line was cut off ({text[text.rfind(chr(10)) + 1:][:60]!r})')
         text = text[:text.rfind('\n') + 1]
-    head, *rows = list(csv.reader(io.StringIO(text, newline=''))) or [[]]
+    try: head, *rows = list(csv.reader(io.StringIO(text, newline=''))) or [[]]
+    except csv.Error as e: raise ValueError(f'{path}: is no table ({e})') from e
     for i, row in enumerate(rows):
         if len(row) != len(head):
             raise ValueError(f'{path}, row {i + 1}: got {len(row)} cells; allowed: {len(head)}, as in its first line')
@@ -118,7 +123,7 @@ def results_dir(
 ) -> Path:  # not created here
     "Where an experiment's table, figures and runs lie; raises `ValueError` for what cannot name a folder."
     for argument, value in (('experiment', experiment), ('dataset', dataset)):
-        if not re.fullmatch(r'[\w][\w.-]*', str(value)):
+        if not isinstance(value, str) or not re.fullmatch(r'[\w][\w.-]*', value):
             raise ValueError(f'{argument}: got {value!r}; allowed: letters, digits, "_", "-" and ".", '
                              'because it names a folder')
     return Path(root or project_root())/'results'/experiment/dataset
@@ -126,7 +131,7 @@ def folder_name(
     path,  # of a data set
 ) -> str:  # letters, digits, "_", "-" and "."
     "What results of a data set are kept under: the name of its folder, blanks and the like replaced."
-    return re.sub(r'[^\w.-]+', '-', Path(path).resolve().name).strip('-.') or 'folder'
+    return re.sub(r'[^\w.-]+', '-', Path(path).resolve().name)[:80].strip('-.') or 'folder'
 
 def paper_file(
     name: str,  # such as 'coco_1x.csv'
@@ -140,6 +145,12 @@ def paper_file(
     return found
 
 # %% ../nbs/lib/19_files.ipynb #ac84cd48
+def fingerprint(
+    *parts,  # values with a stable `repr`
+) -> str:  # 16 hexadecimal digits
+    "What tells one set of values from another."
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
 def files_below(
     folder,  # where to look
 ) -> list:  # paths relative to it, with '/', sorted
@@ -165,7 +176,10 @@ def identity(
     begun = {rest[i] for i in np.linspace(0, len(rest) - 1, min(sample, len(rest))).astype(int)}
     for name in names:
         path = Path(folder)/name
-        about = path.stat()
+        try: about = path.stat()
+        except OSError:
+            if files is None: continue  # a broken link, or one to itself
+            raise
         if not stat.S_ISREG(about.st_mode): continue  # reading from a pipe would never end
         total += about.st_size
         digest.update(f'{name}\0{about.st_size}\0'.encode('utf-8', 'surrogateescape'))

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SKIP', 'FORMATS', 'SUFFIXES', 'TURNS', 'VALID_NAMES', 'LAYOUT', 'SPLITS', 'SPLIT_NAMES', 'SAID', 'ImageSet', 'take',
            'subset', 'show_images', 'CorruptImage', 'UnfitImage', 'orientation', 'image_size', 'regular', 'decoding',
-           'pages', 'eight_bits', 'open_image', 'fit_square', 'left_out_as', 'pictures_in', 'say_left_out',
-           'folders_in', 'split_folder', 'list_folder', 'list_archive', 'check_layout', 'fingerprint', 'image_folder']
+           'pages', 'levels', 'eight_bits', 'open_image', 'fit_square', 'left_out_as', 'pictures_in', 'say_left_out',
+           'folders_in', 'split_folder', 'list_folder', 'list_archive', 'check_layout', 'image_folder']
 
 # %% ../nbs/lib/21_images.ipynb #5472cd3d
-import hashlib, lzma, os, stat, tarfile, warnings, zlib
+import lzma, os, stat, tarfile, warnings, zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import patch
 from matplotlib import pyplot as plt
 from PIL import Image, UnidentifiedImageError
-from .files import whole_file
+from .files import fingerprint, whole_file
 
 # %% ../nbs/lib/21_images.ipynb #55d048c0
 @dataclass(eq=False)
@@ -180,10 +180,18 @@ def pages(image):
     return whole
 
 # %% ../nbs/lib/21_images.ipynb #b37f19d2
+def levels(image):  # of grey
+    "The largest value that a grey TIFF of 9 to 16 bits can hold, 0 where it says nothing; whether its 0 is white."
+    tags = image.tag_v2 if image.format == 'TIFF' and image.mode[0] in 'IF' else {}
+    bits = tags.get(258, (16,))[0]
+    return 2 ** bits - 1 if image.mode.startswith('I;16') and bits < 16 else 0, tags.get(262) == 0
+
 def eight_bits(
     image: Image.Image,  # decoded
     path,  # shown in messages
     mode: str,  # 'L', 'RGB' or 'RGBA'
+    most: int = 0,  # from `levels`
+    inverted: bool = False,  # from `levels`
 ) -> Image.Image:
     "A picture of any depth and colour in 8 bits a channel; raises `UnfitImage`."
     if image.mode[0] in 'IF':
@@ -196,7 +204,8 @@ def eight_bits(
         if low < 0 or high > tops[-1]:
             raise UnfitImage(f'image {path}: got grey values from {low:g} to {high:g}; '
                              f'allowed: 0 to {" or 0 to ".join(map(str, tops))}')
-        image = Image.fromarray(np.rint(values * (255 / next(top for top in tops if high <= top))).astype(np.uint8))
+        grey = np.rint(values * (255 / (most or next(top for top in tops if high <= top)))).astype(np.uint8)
+        image = Image.fromarray(255 - grey if inverted else grey)
     try:
         if mode != 'RGBA' and image.has_transparency_data:
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
@@ -221,13 +230,14 @@ def open_image(
         stored = orientation(image) if image.format == 'TIFF' else 1
         if (n := pages(image)) > 1: raise UnfitImage(f'image {path}: got {n} pictures (frames or pages); allowed: one')
         image.load()
+        grey = levels(image) if mode else ()
         way, kind = orientation(image), image.format
         if way > 1 and turn: image = image.transpose(TURNS[way])
         if stored > 1 == way:  # Pillow has turned it
             if not turn: image = image.transpose(TURNS[{6: 8, 8: 6}.get(stored, stored)])
             way = stored
         image.format = kind
-        image = image if mode is None else eight_bits(image, path, mode)
+        image = image if mode is None else eight_bits(image, path, mode, *grey)
         image.info['orientation'] = way
     return image
 
@@ -331,13 +341,15 @@ def list_folder(path):
 # %% ../nbs/lib/21_images.ipynb #6a1a8ce4
 def list_archive(path):
     "The images of a tar archive in order, (split, class, name, bytes)."
-    found, left_out = [], Counter()
+    found, left_out, total, most = [], Counter(), 0, max(2 ** 29, 100 * path.stat().st_size)
     try:
         with tarfile.open(path, 'r:*') as archive:
             for member in archive:
                 *_, split, cls, name = ('', '', '', *Path(member.name).parts)
                 if split not in SPLITS or cls[:1] in ('', '.') or member.isdir(): continue
                 why = left_out_as(name) or ('' if member.isfile() else 'links or devices')
+                total += 0 if why else member.size
+                if total > most: raise tarfile.TarError(f'got pictures of {total:,} bytes and more; allowed: {most:,}')
                 if why: left_out[why] += 1
                 else: found.append((split, cls, name, archive.extractfile(member).read()))
     except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as e:
@@ -374,23 +386,17 @@ def _decode(path, found, valid, classes, size, skip_corrupt):
                 if not skip_corrupt: raise CorruptImage(where, e.why, SKIP) from e
                 skipped.append(where)
             else: labels.append(number[cls]), kept.append(f'{split}/{cls}/{name}')
+        if files and not labels: raise CorruptImage(where, f'and no other image of {split} can be decoded')
         arrays |= {f'{key}_images': images[:len(labels)], f'{key}_labels': np.array(labels, np.int64),
                    f'{key}_files': np.array(kept, dtype=str)}
     return arrays | dict(classes=np.array(classes), skipped=np.array(skipped, dtype=str))
 
-
-
 # %% ../nbs/lib/21_images.ipynb #5fe655a1
-def fingerprint(
-    *parts,  # values with a stable `repr`
-) -> str:  # 16 hexadecimal digits
-    "What tells one set of values from another."
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
 def _load_cache(file):
     "The arrays of a cache file, None if there is none or it is damaged."
     try:
-        with np.load(file, allow_pickle=False) as cache: return {k: cache[k] for k in cache.files}
+        with np.load(file, allow_pickle=False) as cache:
+            return {k: cache[k] for k in (*cache.files, 'skipped', 'classes', 'train_images', 'valid_images')}
     except FileNotFoundError: return None
     except Exception as e:
         warnings.warn(f'{file} is damaged ({e}); decoding the images again')
@@ -413,7 +419,7 @@ def image_folder(
 ) -> tuple:  # training and validation `ImageSet`
     "Any folder of classes, decoded into memory."
     path = Path(path)
-    if not isinstance(size, int) or size < 1: raise ValueError(f'size: got {size!r}; allowed: an integer from 1')
+    if type(size) is not int or not 0 < size < 10000: raise ValueError(f'size: got {size!r}; allowed: 1 to 9999')
     if not path.exists(): raise FileNotFoundError(f'path: got {path}, which does not exist; allowed: {LAYOUT}')
     if path.is_dir():
         found = list_folder(path)

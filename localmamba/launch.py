@@ -22,12 +22,14 @@ from .ssm import backends
 
 # %% ../nbs/lib/38_launch.ipynb #9b0213a9
 def _cells(notebook):  # code cells and their tags
-    try: cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
+    try:
+        cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
+        return [(''.join(c['source']), c['metadata'].get('tags', [])) for c in cells if c['cell_type'] == 'code']
     except OSError as e:
         raise ValueError(f'notebook: got {str(notebook)!r} ({e.strerror}); allowed: the path of an .ipynb') from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f'notebook: got {notebook} ({type(e).__name__}: {e}); allowed: a notebook') from e
-    return [(''.join(c['source']), c['metadata'].get('tags', [])) for c in cells if c['cell_type'] == 'code']
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f'notebook: got {str(notebook)!r}, which is no notebook ({type(e).__name__}: {e}); '
+                         'allowed: the path of an .ipynb') from e
 
 def run_cells(
     notebook,  # path of an .ipynb
@@ -39,7 +41,12 @@ def run_cells(
     for tag in ('parameters', until):
         n = sum(tag in tags for _, tags in cells)
         if n != 1: raise ValueError(f'notebook: got {notebook}, which has {n} cells tagged {tag!r}; allowed: one')
-    refuse_parameters(next(declared(source) for source, tags in cells if 'parameters' in tags), parameters)
+    if not isinstance(parameters, dict): raise TypeError(f'parameters: got {parameters!r}; allowed: a dict')
+    source = next(source for source, tags in cells if 'parameters' in tags)
+    if (defaults := declared(source) if source.strip() else {}) is None:
+        raise ValueError(f"notebook: got a cell tagged 'parameters' in {notebook} that does more than assign; "
+                         f'allowed: lines of name = value; it begins {source[:60]!r}')
+    refuse_parameters(defaults, parameters)
     canonical(parameters)
     ours, shell = not InteractiveShell.initialized(), InteractiveShell.instance()
     try:
@@ -64,6 +71,18 @@ def launch_notebook(
         config.write_text(json.dumps({k: v for k, v in parameters.items() if k != 'num_processes'}), encoding='utf-8')
         torchrun(['localmamba.launch', str(project_root()/'nbs'/f'{name}.ipynb'), '-f', str(config)], processes)
 
+def _yaml(text, most=100_000):
+    "What YAML says; raises `ValueError` for what is none, and for aliases that unfold to more values than `most`."
+    try: found = yaml.safe_load(text)
+    except RecursionError as e: raise ValueError('nested too deeply') from e
+    except yaml.YAMLError as e: raise ValueError(str(e).splitlines()[0]) from e
+    rest, seen = [found], 0
+    while rest:
+        part, seen = rest.pop(), seen + 1
+        if seen > most: raise ValueError(f'got more than {most:,} values')
+        if isinstance(part, (dict, list, set, tuple)): rest += part.values() if isinstance(part, dict) else part
+    return found
+
 def read_parameters(
     file='',  # YAML or JSON; '': none
     pairs=(),  # (name, value as YAML) each, which take the place of the file's
@@ -71,12 +90,17 @@ def read_parameters(
     "Parameters as a command line gives them; raises `ValueError` for a file that holds something else."
     told = {}
     if file:
-        try: told = yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-            raise ValueError(f'file: got {file} ({str(e).splitlines()[0]}); allowed: lines of `name: value`') from e
+        try: told = _yaml(Path(file).read_text(encoding='utf-8')) or {}
+        except (OSError, ValueError) as e:
+            raise ValueError(f'file: got {file} ({e}); allowed: lines of `name: value`') from e
         if not isinstance(told, dict):
             raise ValueError(f'file: got {file}, which holds a {type(told).__name__}; allowed: lines of `name: value`')
-    return told | {name: yaml.safe_load(value) if value else '' for name, value in pairs}
+    for name, value in pairs:
+        try: told[name] = _yaml(value) if value else ''
+        except ValueError as e:
+            raise ValueError(f'parameter {name!r}: got {value[:60]!r} ({e}); allowed: YAML, such as 3, 1.0e-3, true, '
+                             "[a, b], text, or '\"text\"' where it has signs of YAML in it") from e
+    return told
 
 def main(
     arguments=None,  # list of words; None: the command line

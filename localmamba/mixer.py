@@ -35,10 +35,11 @@ def unpack(
     packed: Tensor,  # from `pack`, perhaps averaged or rounded since
 ) -> dict:
     "The facts in a tensor; raises `ValueError` if there are none to be read."
-    try: return json.loads(bytes(packed.detach().double().round().long().flatten().tolist()).decode())
+    try: facts = json.loads(bytes(packed.detach().double().round().long().flatten().tolist()).decode())
     except (NotImplementedError, RuntimeError): return {}  # a tensor without data says nothing
-    except (ValueError, AttributeError) as e:
-        raise ValueError(f'facts: got a tensor that cannot be read ({e}); allowed: one of `pack`') from e
+    except (ValueError, AttributeError) as e: facts = e
+    if isinstance(facts, dict): return facts
+    raise ValueError(f'facts: got a tensor that cannot be read ({facts}); allowed: one of `pack`')
 
 # %% ../nbs/lib/11_mixer.ipynb #6aec8949
 class Described(nn.Module):
@@ -119,6 +120,8 @@ def layer_directions(
 ) -> list[tuple[str, ...]]:  # one tuple a layer
     "The directions of each layer; raises `ValueError` if there are not `depth` of them or one is unknown."
     if isinstance(directions, str) and directions == 'search': directions = candidates
+    if not hasattr(directions, '__len__'):
+        raise ValueError(f"directions: got {directions!r}; allowed: a tuple of names, one such a layer, or 'search'")
     one_for_all = isinstance(directions, str) or any(isinstance(d, str) for d in directions)
     if one_for_all: return [check_directions(directions)] * depth
     if len(directions) != depth:

@@ -45,7 +45,7 @@ def refuse_parameters(
     "Raises `ValueError` for names that are not declared, `TypeError` for values of another kind."
     unknown = [name for name in given if name not in defaults]
     if unknown:
-        close = {n: difflib.get_close_matches(n, defaults, 1) for n in unknown}
+        close = {n: difflib.get_close_matches(str(n), defaults, 1) for n in unknown}
         meant = ''.join(f' (did you mean {c[0]!r}?)' if c else '' for c in close.values())
         raise ValueError(f'unknown parameter: got {", ".join(map(repr, unknown))}{meant}; '
                          f'allowed: {", ".join(defaults)}')

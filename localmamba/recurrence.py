@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['scan_steps', 'along', 'to_raster', 'ScanInputs', 'scan_core', 'conv_core', 'apply_along', 'directional_scan_ref',
-           'directional_conv_ref', 'expect_one', 'expect', 'mamba_groups', 'from_mamba', 'to_mamba',
+           'directional_conv_ref', 'expect_dense', 'expect_one', 'expect', 'mamba_groups', 'from_mamba', 'to_mamba',
            'selective_scan_ref']
 
 # %% ../nbs/lib/01_recurrence.ipynb #7bcdf289
@@ -151,12 +151,23 @@ def directional_conv_ref(
     return conv_core(along(x, order), weight, bias).to(x.dtype)
 
 # %% ../nbs/lib/01_recurrence.ipynb #c072268f
+def expect_dense(
+    name: str,  # what the caller calls it
+    x: Tensor,
+):
+    "Raise `TypeError` for what is no tensor, `ValueError` for a sparse or nested one."
+    if not isinstance(x, Tensor): raise TypeError(f'{name}: got {type(x).__name__}; allowed: a tensor')
+    if x.layout != torch.strided or x.is_nested:
+        raise ValueError(f'{name}: got {"a nested tensor" if x.is_nested else x.layout}; allowed: a dense tensor')
+
+
 def expect_one(
     name: str,  # what the caller calls it
     x: Tensor,
     *shapes,    # the shapes that are allowed
 ):
-    "Raise `ValueError` for a tensor whose shape is none of `shapes`."
+    "Raise `ValueError` for a tensor whose shape is none of `shapes`, `TypeError` for what is no tensor."
+    if not isinstance(x, Tensor): raise TypeError(f'{name}: got {type(x).__name__}; allowed: a tensor')
     if x.shape not in shapes:
         allowed = ' or '.join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(f'{name}: got shape {tuple(x.shape)}; allowed: {allowed}')
@@ -167,7 +178,8 @@ def expect(
     x: Tensor,
     *shape,     # sizes; a letter stands for any size
 ):
-    "Raise `ValueError` for a tensor that does not have this shape."
+    "Raise `ValueError` for a tensor that does not have this shape, `TypeError` for what is no tensor."
+    if not isinstance(x, Tensor): raise TypeError(f'{name}: got {type(x).__name__}; allowed: a tensor')
     if x.dim() != len(shape) or any(size != want for size, want in zip(x.shape, shape) if not isinstance(want, str)):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}; allowed: ({', '.join(map(str, shape))})")
 
@@ -176,6 +188,7 @@ def mamba_groups(
     inputs: ScanInputs,  # in `mamba_ssm`'s layout
 ) -> int:  # groups of channels that share B and C
     "Raise `ValueError` unless the shapes are those of `mamba_ssm`'s layout."
+    for name in ('u', 'delta', 'A', 'B', 'C'): expect_dense(name, getattr(inputs, name))
     for name in ('A', 'B', 'C'):
         x = getattr(inputs, name)
         if x.is_complex(): raise ValueError(f'{name}: got dtype {x.dtype}; allowed: real numbers')

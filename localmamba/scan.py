@@ -72,6 +72,8 @@ def _check_grid(height, width, padding):
         floating = isinstance(size, Tensor) and size.is_floating_point()
         if isinstance(size, bool) or not hasattr(size, '__index__') or floating or size < 1:
             raise ValueError(f'{name}: got {size!r}; allowed: an integer >= 1, in tokens')
+    if isinstance(height, int) and isinstance(width, int) and height * width > 2 ** 28:
+        raise ValueError(f'height, width: got {height}x{width} tokens; allowed: at most {2 ** 28} together')
     if padding not in PADDINGS: raise ValueError(f"padding: got {padding!r}; allowed: {', '.join(map(repr, PADDINGS))}")
 
 # %% ../nbs/lib/00_scan.ipynb #27dc8ec0
@@ -234,7 +236,10 @@ def order_table(
     device: str | torch.device = 'cpu',  # where the table is wanted
 ) -> Tensor:  # (K, L) int64, a copy of one's own
     "The orders of a layer's directions, stacked; raises `ValueError` for an unknown direction, padding or size."
-    if isinstance(directions, str) or not len(directions := tuple(directions)):
+    try: directions = directions if isinstance(directions, str) else tuple(directions)
+    except TypeError as error:
+        raise ValueError(f'directions: got {directions!r}; allowed: names of directions, in a tuple') from error
+    if isinstance(directions, str) or not directions or not all(isinstance(d, str) for d in directions):
         raise ValueError(f'directions: got {directions!r}; allowed: one direction or more, in a tuple')
     _check_grid(height, width, padding)
     if cls_index is not None and not 0 <= cls_index <= height * width:

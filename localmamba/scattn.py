@@ -30,6 +30,8 @@ class SCAttn(nn.Module):
     ):
         super().__init__()
         if mode not in MODES: raise ValueError(f"mode: got {mode!r}; allowed: {', '.join(map(repr, MODES))}")
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise ValueError(f'dim: got {dim!r}; allowed: an integer from 1')
         self.dim, self.mode = dim, mode
         if mode == 'none': return
         if isinstance(reduction, bool) or not isinstance(reduction, int) or not 1 <= reduction <= dim:
@@ -58,10 +60,17 @@ class SCAttn(nn.Module):
     ) -> Tensor:  # (B, …, C)
         "The gated branch."
         if self.mode == 'none': return x
-        if x.ndim < 3 or x.shape[-1] != self.dim:
-            raise ValueError(f'x: got shape {tuple(x.shape)}; allowed: (B, …, {self.dim})')
+        self._check('x', x, x.ndim >= 3 if isinstance(x, Tensor) else False, f'(B, …, {self.dim})')
         tokens = x.flatten(1, -2)
         return (tokens * self.gate(tokens)).reshape(x.shape)
+
+    def _check(self, name, x, right, shape):
+        "Refuse what is no branch."
+        if not isinstance(x, Tensor): raise TypeError(f'{name}: got {type(x).__name__}; allowed: a tensor')
+        if not right or x.shape[-1] != self.dim:
+            raise ValueError(f'{name}: got shape {tuple(x.shape)}; allowed: {shape}')
+        if not x.is_floating_point() or x.layout != torch.strided:
+            raise ValueError(f'{name}: got {x.dtype}, {x.layout}; allowed: floating point, dense')
 
     def extra_repr(self): return f'dim={self.dim}, mode={self.mode!r}'
 
@@ -172,8 +181,8 @@ def merge(self: SCAttn,
     branches: Tensor,  # (B, K, T, C) K branches of one image
 ) -> Tensor:  # (B, T, C)
     "The sum of the gated branches; raises `ValueError` for another shape."
-    if branches.ndim != 4 or branches.shape[-1] != self.dim:
-        raise ValueError(f'branches: got shape {tuple(branches.shape)}; allowed: (B, K, T, {self.dim})')
+    right = branches.ndim == 4 if isinstance(branches, Tensor) else False
+    self._check('branches', branches, right, f'(B, K, T, {self.dim})')
     backend = choice(None, branches).backend if self._fits(branches) else None
     if backend not in MERGING: return self(branches.flatten(0, 1)).view_as(branches).sum(1)
     reduce, select = self.global_reduce, self.channel_select

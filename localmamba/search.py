@@ -201,7 +201,7 @@ def read_search(
         raise FileNotFoundError(f'path: got {path}, where no file is; '
                                 'allowed: a JSON file written by search_directions')
     try: record = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f'{path}: got no JSON ({e}); allowed: a file written by search_directions') from e
     if not isinstance(record, dict) or not {'directions', 'fingerprint'} <= record.keys():
         raise ValueError(f"{path}: got no directions; allowed: an object with 'directions' and 'fingerprint'")

@@ -62,6 +62,13 @@ class UperNet(nn.Module):
         neck: bool = False,  # `MultiLevelNeck` between a plain backbone and the heads
     ):
         super().__init__()
+        for name, size, least, most in (('num_classes', num_classes, None, 65535), ('channels', channels, 1, 65535),
+                                        ('aux_channels', aux_channels, 0, 65535),
+                                        ('aux_index', aux_index or 0, 0, len(backbone.strides) - 1)):
+            if type(size) is not int or not (size if least is None else least) <= size <= most:
+                raise ValueError(f'{name}: got {size!r}; allowed: an integer from {least or 0} to {most}')
+        if not pool_scales or any(type(s) is not int or s < 1 for s in pool_scales):
+            raise ValueError(f'pool_scales: got {pool_scales!r}; allowed: integers from 1')
         if num_classes < 2:
             raise ValueError(f'num_classes: got {num_classes}; allowed: 2 or more: with one, every pixel is of it, '
                              'so name what lies around it (a background) too')
@@ -250,7 +257,8 @@ def loaders(
 ) -> DataLoaders:  # fastai's, with two `SegmentationLoader`s; an epoch is `every` steps
     "Loaders for training and validation by a recipe."
     if train.classes != valid.classes:
-        raise ValueError(f'valid: got {len(valid.classes)} classes; allowed: the {len(train.classes)} of train')
+        odd = sorted(set(train.classes) ^ set(valid.classes)) or ['another order']
+        raise ValueError(f'valid: got other classes than train: {", ".join(odd[:8])}; allowed: the same')
     device = default_device() if device is None else device
     asked = ('crop', 'limits', 'ratio', 'cat_max_ratio', 'mirror', 'photometric')
     transform = TrainTransform(**{k: settings[k] for k in asked}, stats=stats)

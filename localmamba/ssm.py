@@ -6,6 +6,7 @@
 __all__ = ['ScanArguments', 'directional_scan', 'directional_conv', 'selective_scan_fn']
 
 # %% ../nbs/lib/03_ssm.ipynb #224bced5
+import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +17,8 @@ from torch import Tensor
 from .kernels.backends import (REFERENCE, backends, choice, fake_gradients, finish_gradients, kernels_of,
                                          operators, readable, register_operator, transformed)
 from .recurrence import (ScanInputs, along, apply_along, directional_conv_ref, directional_scan_ref, expect,
-                                   expect_one, from_mamba, scan_core, scan_steps, selective_scan_ref, to_mamba,
-                                   to_raster)
+                                   expect_dense, expect_one, from_mamba, scan_core, scan_steps, selective_scan_ref,
+                                   to_mamba, to_raster)
 from .scan import TABLES, PrivateOrder, own_order, trusted_order
 
 # %% ../nbs/lib/03_ssm.ipynb #3b7b74a8
@@ -63,13 +64,14 @@ _lib, _ops = operators(
 
 # %% ../nbs/lib/03_ssm.ipynb #3e524409
 _DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+_OPTIONAL = 'D', 'z', 'delta_bias', 'bias', 'initial_state'
 
 
 def _expect_dtypes(device, tensors):
     "Refuse tensors that are not floating point, or not on u's device."
     for name, x in tensors:
-        if x is None: continue
-        if not isinstance(x, Tensor): raise TypeError(f'{name}: got {type(x).__name__}; allowed: a tensor')
+        if x is None and name in _OPTIONAL: continue
+        expect_dense(name, x)
         if x.dtype not in _DTYPES:
             real = 'only real parameters are supported: ' if x.is_complex() else ''
             raise ValueError(f"{name}: got dtype {x.dtype}; allowed: {real}{', '.join(map(str, _DTYPES))}")
@@ -79,7 +81,7 @@ def _expect_dtypes(device, tensors):
 
 def _expect_order(order, device, K, L='L'):
     "Refuse an order of another dtype, device or shape."
-    if not isinstance(order, Tensor): raise TypeError(f'order: got {type(order).__name__}; allowed: a tensor')
+    expect_dense('order', order)
     if order.dtype != torch.int64: raise ValueError(f'order: got dtype {order.dtype}; allowed: torch.int64')
     if order.device != device and order.device.type != 'cpu':
         raise ValueError(f'order: got device {order.device}; allowed: {device}, or cpu')
@@ -272,8 +274,9 @@ def _for_graph(order, tokens):
 
 def _scan(inputs, tokens, backend):
     "Check the inputs and call the operator: y and the last state."
-    reference, given = transformed(*inputs.tensors), [x for x in (*inputs.tensors, inputs.order) if x is not None]
-    if reference or torch.compiler.is_compiling() or not all(isinstance(x, Tensor) and x.dim() > 1 for x in given):
+    given = [*inputs[:5], *(x for x in inputs[5:9] if x is not None)]
+    reference, plain = transformed(*inputs.tensors), all(isinstance(x, Tensor) and x.dim() > 1 for x in given)
+    if reference or torch.compiler.is_compiling() or not plain or any(x.is_nested for x in given):
         tokens = _expect_scan(inputs, tokens)
     if tokens is None: tokens = (inputs.delta if inputs.z is None or not inputs.along_order else inputs.z).shape[-2]
     if reference:
@@ -315,8 +318,18 @@ def _impulse(inputs, state):
     return _images_as_directions(alone)._replace(B=state.to(wide).flatten(0, 1))
 
 
+def _whole(tokens):
+    "Tokens as an integer of Python, whatever integer they are."
+    try: return operator.index(tokens)
+    except TypeError as error: raise TypeError(f'tokens: got {tokens!r}; allowed: an integer') from error
+
+
 def _run(inputs, tokens, backend, state):
     "A scan with all that the public functions offer: y and the last state."
+    if type(tokens) not in (int, type(None), torch.SymInt): tokens = _whole(tokens)
+    for name in ('delta_softplus', 'along_order'):
+        given = getattr(inputs, name)
+        if isinstance(given, str): raise TypeError(f'{name}: got {given!r}; allowed: a boolean')
     if (order := inputs.order) is not None and isinstance(order, Tensor) and order.dim() == 3:
         if len(order) != len(inputs.delta): expect('order', order, len(inputs.delta), *order.shape[1:])
         (Bt, K, _), one = order.shape, None if state is None else state.flatten(0, 1).unsqueeze(0)
@@ -326,6 +339,7 @@ def _run(inputs, tokens, backend, state):
     tokens = _expect_scan(inputs, tokens)
     _expect_dtypes(inputs.u.device, [('initial_state', state)])
     (Bt, K, _, D), N = inputs.delta.shape, inputs.A.shape[2]
+    _expect_dtypes(inputs.u.device, [('initial_state', state)])
     expect('initial_state', state, Bt, K, D, N)
     y, last_state = _scan(inputs, tokens, backend)
     added, state_left = _scan(_impulse(inputs, state), tokens, backend)
@@ -368,7 +382,8 @@ def directional_conv(
         if len(order) != len(x): expect('order', order, len(x), *order.shape[1:])
         return torch.cat([directional_conv(image[None], weight, bias, one, backend) for image, one in zip(x, order)])
     reference = transformed(x, weight, bias)
-    plain = all(isinstance(t, Tensor) for t in (x, weight, order)) and x.dim() == 3
+    given = [t for t in (x, weight, order, bias) if t is not bias or t is not None]
+    plain = all(isinstance(t, Tensor) and not t.is_nested for t in given) and x.dim() == 3
     if reference or torch.compiler.is_compiling() or not plain:
         _expect_conv(x, weight, bias, order)
     if reference:

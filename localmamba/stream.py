@@ -32,7 +32,10 @@ def fitted(
     ratio: float = 1.0,  # of the limits
 ) -> tuple:  # height and width
     "The size of an image within limits, proportions kept."
-    if limits is not None and (len(limits) != 2 or not min(limits) > 0):
+    if len(size) != 2 or not min(size) > 0:
+        raise ValueError(f'image: got {tuple(size)} as height and width; allowed: both from 1')
+    pair = isinstance(limits, (tuple, list)) and [isinstance(v, (int, float, np.number)) for v in limits] == [True] * 2
+    if limits is not None and not (pair and all(0 < v < 1e6 for v in limits)):
         raise ValueError(f'limits: got {limits!r}; allowed: two positive numbers of pixels, or None')
     if not 0 < ratio < 1000: raise ValueError(f'ratio: got {ratio!r}; allowed: a positive number')
     if limits is None: return tuple(max(1, round(n * ratio)) for n in size)

@@ -359,3 +359,40 @@ def test_a_killed_renderer_leaves_no_half_set(tmp_path, monkeypatch, room, rende
     assert not list(tmp_path.glob('scenes*')) and list(tmp_path.glob('.partial*'))
     monkeypatch.undo()
     assert len(read(render(8, 2, tmp_path))) == 8
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('env', '{"data": "x"}', 'data: got'), ('env', '{"a": NaN}', 'got the value NaN'),
+    ('env', '[' * 99999, 'recursion'), ('metrics', '{"a": Infinity}', 'got the value Infinity'),
+    ('params', '[' * 99999, 'recursion'),
+    ('metrics', '{"a": ' + '9' * 5000 + '}', 'digits')])
+def test_json_that_python_alone_would_read_is_named(tmp_path, name, content, words):
+    run = run_in(tmp_path, data={'identity': 'a', 'files': 1, 'bytes': 1})
+    run.dir.mkdir(parents=True)
+    (run.dir/f'{name}.json').write_text(content)
+    with pytest.raises((TypeError, ValueError), match=rf'{name}.json: .*{words}.*allowed: '): run.start()
+    run.release()
+
+
+@pytest.mark.parametrize('rows', ['x,1\ny,2\n', ',\n,\n', '0.5,1\n1,2\n', '0,1\n', '0,' + 'x' * 140_000 + '\n'])
+def test_histories_of_something_else_are_named(tmp_path, rows):
+    run = run_in(tmp_path).start()
+    run.log({'epoch': 0, 'loss': 1.})
+    run.save_checkpoint({'epoch': 2})
+    (run.dir/'history.csv').write_text('epoch,loss\n' + rows)
+    with pytest.raises(ValueError, match='history.csv: (got rows of the epochs|is no table)'): run.load_checkpoint()
+    run.release()
+
+
+@pytest.mark.parametrize('state', [{'epoch': -1}, {'epoch': True}, {'epoch': 10**9, 'history': []},
+                                   {'epoch': 1, 'history': 5}, {'epoch': 1, 'history': [5]},
+                                   {'epoch': 2, 'history': []}])
+def test_checkpoints_that_contradict_themselves(tmp_path, state):
+    run = run_in(tmp_path).start()
+    torch.save(state, run.checkpoint_path)
+    with pytest.warns(UserWarning, match="cannot be read .it(s history)? has (no|not)"):
+        assert run.load_checkpoint() is None
+    torch.save({'epoch': 10**9}, run.checkpoint_path)
+    (run.dir/'history.csv').write_text('epoch\n0\n')
+    with pytest.raises(ValueError, match='allowed: all of the 1000000000'): run.load_checkpoint()
+    run.release()

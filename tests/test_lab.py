@@ -1,10 +1,12 @@
 "What JupyterLab does to the notebooks: opening one and saving it leaves the file as it was."
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from jupyter_server.services.contents.largefilemanager import LargeFileManager
+from jupyter_server.serverapp import ServerApp
 from traitlets.config import Config
 
 ROOT = Path(__file__).parent.parent
@@ -40,4 +42,13 @@ def test_a_notebook_opened_and_saved_is_unchanged(served, name, monkeypatch):
 def test_the_lab_serves_what_the_tour_links_to():
     recipe = (ROOT/'Makefile').read_text()
     assert 'jupyter lab --notebook-dir . nbs/index.ipynb' in recipe
-    assert 'jupyter_server_config.d/localmamba.json' in recipe
+
+
+def test_the_server_finds_what_the_set_up_installs(tmp_path, monkeypatch):
+    name = re.search(r'cp nbs/jupyter_server_config.json \.venv/etc/jupyter/(\S+)', (ROOT/'Makefile').read_text())[1]
+    (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT/'nbs/jupyter_server_config.json', tmp_path/name)
+    monkeypatch.setenv('JUPYTER_CONFIG_PATH', str(tmp_path))
+    server = ServerApp()
+    server.load_config_file()
+    assert server.config.ContentsManager.pre_save_hook == 'nbdev.clean.clean_jupyter'

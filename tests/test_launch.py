@@ -199,3 +199,40 @@ def test_a_notebook_run_here_leaves_no_names_to_the_next(tmp_path):
     space = {'size': 7, 'check_parameters': check_parameters}
     exec('values = check_parameters()', space)
     assert space['values'] == {'size': 7}
+
+
+@pytest.mark.parametrize('cells', ['', '[]', '{}', '{"cells": null}', '{"cells": ["x"]}', '{"cells": [{"source": ""}]}',
+                                   '{"cells": [{"cell_type": "code", "source": "a"}]}', 'print(1)', '[' * 99999])
+def test_what_is_no_notebook_is_named(tmp_path, cells):
+    (tmp_path/'x.ipynb').write_text(cells)
+    with pytest.raises(ValueError, match='notebook: got .*x.ipynb., which is no notebook .*; allowed: '):
+        run_cells(tmp_path/'x.ipynb', {})
+
+
+@pytest.mark.parametrize('source', ['import os', 'a = ', 'a, b = 1, 2', 'print(1)'])
+def test_parameters_that_are_more_than_assignments(tmp_path, source):
+    cells = [nbformat.v4.new_code_cell(source, metadata={'tags': ['parameters']}),
+             nbformat.v4.new_code_cell('1', metadata={'tags': ['training']})]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/'small.ipynb')
+    with pytest.raises(ValueError, match="a cell tagged 'parameters' .* that does more than assign; allowed"):
+        run_cells(tmp_path/'small.ipynb', {'a': 1})
+    for wrong in (None, ['a']):
+        with pytest.raises(TypeError, match='parameters: got .*; allowed: a dict'):
+            run_cells(tmp_path/'small.ipynb', wrong)
+
+
+@pytest.mark.parametrize('value', ['[1', '*x', '!!python/object/apply:os.getcwd []', '{', '"', '@', '\0', '[' * 400,
+                                   '!!int x', '9' * 5000, '- &a [*a]'])
+def test_values_that_are_no_yaml_are_named(tmp_path, value):
+    with pytest.raises(ValueError, match="parameter 'seed': got .*; allowed: YAML"):
+        read_parameters('', [('seed', value)])
+    (tmp_path/'x.yaml').write_text(f'seed: {value}' if value[0] != '-' else f'seed:\n  {value}')
+    with pytest.raises(ValueError, match='file: got .*x.yaml .*; allowed'): read_parameters(tmp_path/'x.yaml')
+
+
+def test_a_file_that_unfolds_to_more_than_memory_holds(tmp_path):
+    lines = ['a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]']
+    lines += [f'{chr(98 + i)}: &{chr(98 + i)} [{", ".join(["*" + chr(97 + i)] * 9)}]' for i in range(12)]
+    (tmp_path/'x.yaml').write_text('\n'.join(lines))
+    with pytest.raises(ValueError, match='x.yaml .got more than 100,000 values.; allowed'):
+        read_parameters(tmp_path/'x.yaml')

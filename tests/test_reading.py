@@ -1,7 +1,10 @@
 "What files hold is what their owner sees: orientation, depth, left-out files, own label maps, broken COCO files."
 import copy
+import gzip
 import json
 import os
+import struct
+import tarfile
 import warnings
 
 import numpy as np
@@ -10,8 +13,9 @@ from PIL import Image
 
 from localmamba.ade20k import LabelledFolder, ade20k, read_labels
 from localmamba.coco import CocoFolder, average_precision, coco_instances, read_annotations, truth_as_results
+from localmamba.files import identity
 from localmamba.images import TURNS, CorruptImage, UnfitImage, image_folder, image_size, open_image
-from localmamba.photos import photo_folder
+from localmamba.photos import PhotoTransform, eval_transform, photo_folder, shortened, train_transform
 
 RNG = np.random.default_rng(0)
 BLOCKS = RNG.integers(0, 256, (5, 2, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)  # 40 high, 16 wide
@@ -320,3 +324,121 @@ def test_boxes_fit_turned_pictures(tmp_path, way):
     save(BLOCKS, tmp_path/'val2017/a.png', way)
     image = CocoFolder(tmp_path/'val2017', tmp_path/'annotations/instances_val2017.json')[0][0]
     np.testing.assert_array_equal(image, np.asarray(stored(BLOCKS, way)))
+
+
+def tiff(bits, values, white):
+    "A grey TIFF of one strip, its numbers packed by hand."
+    packed = int(''.join(f'{v:0{bits}b}' for v in values), 2).to_bytes(-(-bits * len(values) // 8), 'big')
+    if bits == 16: packed = np.array(values, '<u2').tobytes()
+    tags = [(256, 4, len(values)), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, 1 - white), (273, 4, 8),
+            (277, 3, 1), (278, 4, 1), (279, 4, len(packed))]
+    body = b''.join(struct.pack('<HHI', tag, kind, 1) + struct.pack('<HH' if kind == 3 else '<I', *([v, 0] if kind == 3
+                    else [v])) for tag, kind, v in tags)
+    return struct.pack('<2sHI', b'II', 42, 8 + len(packed)) + packed + struct.pack('<H', len(tags)) + body + bytes(4)
+
+@pytest.mark.parametrize('bits, white', [(8, False), (8, True), (12, False), (16, False), (16, True)])
+def test_greys_of_any_depth_whichever_end_is_white(tmp_path, bits, white):
+    top = 2 ** bits - 1
+    (tmp_path/'a.tif').write_bytes(tiff(bits, [0, top // 2, top, 0], white))
+    read = np.asarray(open_image(tmp_path/'a.tif'))[0, :, 0].tolist()
+    assert read in ([255, 128, 0, 255], [255, 127, 0, 255]) if white else read in ([0, 127, 255, 0], [0, 128, 255, 0])
+
+def test_endless_pictures_and_packed_ones_take_no_memory(tmp_path):
+    import resource
+    tall = Image.fromarray(RNG.integers(0, 256, (20_000, 1, 3), dtype=np.uint8))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert PhotoTransform(eval_transform(64))(tall, 0, (0, 0))[0].shape == (3, 64, 64)
+    member = tarfile.TarInfo('set/train/a/big.png')
+    member.size = 2 ** 33
+    with gzip.open(tmp_path/'set.tar.gz', 'wb') as f: f.write(member.tobuf() + bytes(10_000))
+    with pytest.raises(ValueError, match='set.tar.gz, which .*got pictures of 8,589,934,592 bytes'):
+        image_folder(tmp_path/'set.tar.gz')
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+    wide = Image.new('RGB', (99, 2))
+    assert shortened(wide) is wide and shortened(Image.new('RGB', (2, 999))).size == (2, 100)
+
+@pytest.mark.parametrize('line', ['a.png 99999999999', 'a.png \u00b2', 'a.png -1', '/etc/passwd 0', '../a.png 0',
+                                  'a.png,0', 'a.png', 'file label'])
+def test_lists_that_make_no_sense(tmp_path, line):
+    (tmp_path/'meta').mkdir()
+    (tmp_path/'meta/train.txt').write_text(f'b.png 0\n{line}\n', encoding='utf-8')
+    with pytest.raises(ValueError, match='train.txt, line 2: got .*; allowed: "<file> <class number>"'):
+        photo_folder(tmp_path, 'train')
+    (tmp_path/'meta/train.txt').write_bytes('Größe.png 0'.encode('latin-1'))
+    with pytest.raises(ValueError, match='train.txt: got invalid .* at byte 2; allowed: UTF-8'):
+        photo_folder(tmp_path, 'train')
+
+def test_lists_with_gaps_and_a_mark(tmp_path, capsys):
+    (tmp_path/'meta').mkdir()
+    (tmp_path/'meta/train.txt').write_text('\ufeffa/Größe 1.png 1\r\nb.png 4\n', encoding='utf-8')
+    found = photo_folder(tmp_path, 'train')
+    assert found.labels.tolist() == [1, 4] and found.files[0].endswith('train/a/Größe 1.png')
+    assert '3 of the 5 class numbers from 0 have no image' in capsys.readouterr().out
+
+@pytest.mark.parametrize('policy', ['', 'rand-m9-mstd0.5-inc1', 'augmix-m3', 'original', 'best', 'rand-x0'])
+def test_policies(policy):
+    if policy in ('best', 'rand-x0'):
+        with pytest.raises(ValueError, match=f"auto_augment: got '{policy}' .*; allowed: a policy of timm"):
+            train_transform(16, auto_augment=policy)
+    else: assert train_transform(16, auto_augment=policy)(Image.new('RGB', (20, 20))).shape == (3, 16, 16)
+    for size in (0, -4, 2.5, '16', None, 10**7, (16, 0)):
+        with pytest.raises(ValueError, match='size: got'): train_transform(size, auto_augment='')
+        with pytest.raises(ValueError, match='size: got'): eval_transform(size)
+
+def test_the_identity_of_a_folder_with_broken_links(tmp_path):
+    (tmp_path/'a.png').write_bytes(b'x')
+    for name, target in (('gone', 'nowhere'), ('loop', tmp_path/'loop')): os.symlink(target, tmp_path/name)
+    assert identity(tmp_path)['bytes'] == 1
+    with pytest.raises(OSError): identity(tmp_path, ['gone'])
+
+def test_a_cache_of_something_else_is_made_anew(tmp_path):
+    for split in ('train', 'val'):
+        for cls in 'ab': save(BLOCKS, tmp_path/split/cls/'0.png', exif=False)
+    image_folder(tmp_path, 8)
+    cache, = tmp_path.glob('.decoded*')
+    np.savez(cache, x=1)
+    with pytest.warns(UserWarning, match='is damaged'): assert len(image_folder(tmp_path, 8)[0]) == 2
+
+
+# --- masks of no pixel, results of others
+
+def coco_of(tmp_path, segmentation, **words):
+    save(BLOCKS, tmp_path/'im/a.png', exif=False)  # 40 high, 16 wide
+    held = {'images': [{'id': 1, 'file_name': 'a.png', 'height': 40, 'width': 16}],
+            'categories': [{'id': 3, 'name': 'x'}],
+            'annotations': [{'id': i, 'image_id': 1, 'category_id': 3, 'bbox': [2, 2, 8, 8], 'segmentation': s}
+                            for i, s in enumerate((segmentation, [[2, 2, 10, 2, 10, 10, 2, 10]]), 1)]}
+    (tmp_path/'a.json').write_text(json.dumps(held))
+    return CocoFolder(tmp_path/'im', tmp_path/'a.json', **words)
+
+@pytest.mark.parametrize('segmentation', [
+    [[2, 3, 5, 3, 9, 3]], [[2, 3, 2, 3, 2, 3]], [[2, 3, 5, 6, 9, 10]], [[40, 50, 50, 50, 50, 60]],
+    [[2.1, 3.1, 2.2, 3.1, 2.2, 3.2]], {'size': [40, 16], 'counts': [640]}, {'size': [40, 16], 'counts': [0, 0, 640]}])
+def test_masks_of_no_pixel_are_left_out(tmp_path, segmentation):
+    data = coco_of(tmp_path, segmentation)
+    assert '1 instances of zero area left out' in repr(data) and len(data[0][1]['labels']) == 1
+    assert average_precision(data, truth_as_results(data))[0]['AP_mask'] == 100
+
+def test_run_lengths_of_a_size_in_floats(tmp_path):
+    data = coco_of(tmp_path, {'size': [40., 16.], 'counts': [100., 100., 440.]})
+    assert data[0][1]['masks'].sum((1, 2)).tolist() == [100, 64]
+
+def test_no_image_at_all_is_refused(tmp_path):
+    coco_of(tmp_path, [[2, 2, 10, 2, 10, 10]])
+    (tmp_path/'im/a.png').unlink()
+    with pytest.raises(FileNotFoundError, match='got 1 of 1 images that are not in'):
+        CocoFolder(tmp_path/'im', tmp_path/'a.json', skip_missing=True)
+
+@pytest.mark.parametrize('change', [
+    dict(score='high'), dict(score=float('nan')), dict(score=None), dict(bbox=None), dict(bbox=[float('nan')] * 4),
+    dict(bbox=[1, 2, 3]), dict(image_id=55), dict(image_id=None), dict(category_id=1), dict(segmentation=None),
+    dict(segmentation=[[2, 2, 10, 2, 10, 10]]), dict(segmentation={'size': [3, 3], 'counts': [9]}),
+    dict(segmentation={'size': [40, 16], 'counts': 'zzzz'}), dict(segmentation={'size': [40, 16]})], ids=str)
+def test_results_that_the_evaluator_would_choke_on(tmp_path, change):
+    data = coco_of(tmp_path, [[2, 2, 10, 2, 10, 10]])
+    results = truth_as_results(data)
+    (name, _), = change.items()
+    results[1] |= change
+    with pytest.raises(ValueError, match=rf'results\[1\]: {name}: got .*; allowed: '): average_precision(data, results)
+    del results[1][name]
+    with pytest.raises(ValueError, match=rf'results\[1\]: {name}: got None'): average_precision(data, results)

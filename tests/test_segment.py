@@ -311,3 +311,22 @@ def test_experiment_trains_then_evaluates_the_checkpoint_elsewhere(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:]
     judged = pd.read_csv(tmp_path/'results/ade20k/ade20k/table.csv')
     assert judged.scale.tolist() == ['multi'] and judged.paper_miou.tolist() == [49.1] and judged.miou[0] > 0
+
+
+@pytest.mark.parametrize('words', [
+    dict(num_classes=2.5), dict(num_classes='3'), dict(channels=0), dict(aux_channels=-1), dict(aux_index=9),
+    dict(pool_scales=()), dict(pool_scales=(0,))], ids=str)
+def test_heads_that_cannot_be_are_named(words):
+    (name, _), = words.items()
+    with pytest.raises(ValueError, match=f'{name}: got .*; allowed: '):
+        segmenter('test_local_vmamba', **{'num_classes': 3, 'channels': 8, 'aux_channels': 8, **words})
+
+
+@pytest.mark.parametrize('image', [np.zeros((0, 9, 3), np.uint8), 'x.png', None])
+def test_what_is_no_image_is_named(image):
+    net = segmenter('test_local_vmamba', 3, channels=8, aux_channels=8).eval()
+    with pytest.raises(ValueError, match='image: got .* as height and width; allowed: both from 1'):
+        predict(net, image)
+    for limits in (64, '64', (64,), (0, 9), (1e12, 1e12), (float('nan'), 3)):
+        with pytest.raises(ValueError, match='limits: got .*; allowed: two positive numbers'):
+            predict(net, np.zeros((4, 4, 3), np.uint8), limits=limits)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -303,6 +304,79 @@ def test_empty_merges(shape):
     y.sum().backward()
 
 
+@pytest.mark.slow
+def test_infinite_and_nan_on_eight_lanes():
+    names = 'test_infinite_and_nan_as_the_reference or test_infinite_and_nan_in_the_convolution'
+    done = subprocess.run([sys.executable, '-m', 'pytest', __file__, '-q', '-k', names], capture_output=True, text=True,
+                          env={**os.environ, 'LOCALMAMBA_LANES': '8'})
+    assert done.returncode == 0 and '27 passed' in done.stdout, done.stdout[-2000:]
+
+
+ODD = {'nothing': lambda x: None, 'a list': lambda x: x.tolist(), 'numpy': lambda x: x.detach().numpy(),
+       'sparse': lambda x: x.to_sparse(), 'nested': lambda x: torch.nested.nested_tensor([x]),
+       'integers': lambda x: x.int(), 'complex': lambda x: x.to(torch.complex64), 'flat': lambda x: x.flatten()}
+
+
+@pytest.mark.parametrize('odd', ODD)
+@pytest.mark.filterwarnings('ignore:The PyTorch API of nested tensors')
+def test_what_is_no_dense_tensor_is_named(odd):
+    inputs, order = make()
+    for name in inputs:
+        if odd == 'nothing' and name in ('D', 'z', 'delta_bias'): continue
+        with pytest.raises((ValueError, TypeError), match=f'^{name}: got .*; allowed: '):
+            directional_scan(**{**inputs, name: ODD[odd](inputs[name])}, order=order)
+    conv = dict(x=inputs['z'], weight=torch.randn(2, 8, 4), bias=torch.randn(2, 8))
+    for name in conv:
+        if odd == 'nothing' and name == 'bias': continue
+        with pytest.raises((ValueError, TypeError), match=f'^{name}: got .*; allowed: '):
+            directional_conv(**{**conv, name: ODD[odd](conv[name])}, order=order)
+    u, A, B = torch.randn(2, 6, 10), -torch.rand(6, 4), torch.randn(2, 4, 10)
+    for at, name in enumerate(('u', 'delta', 'A', 'B', 'C')):
+        given = [u, u, A, B, B]
+        given[at] = ODD[odd](given[at])
+        with pytest.raises((ValueError, TypeError), match=f'{name}: got .*; allowed: '): selective_scan_fn(*given)
+    if odd == 'flat': return
+    for call in (SCAttn(8).merge, SCAttn(8)):
+        if odd != 'nested':
+            with pytest.raises((ValueError, TypeError), match='(x|branches): got .*; allowed: '):
+                call(ODD[odd](torch.randn(1, 2, 3, 8)))
+
+
+@pytest.mark.parametrize('words', [
+    dict(tokens=16.), dict(tokens='16'), dict(tokens=[16]), dict(backend=['numba']),
+    dict(backend=3), dict(delta_softplus='yes'), dict(along_order='no'), dict(initial_state=[0]),
+    dict(initial_state=torch.zeros(1, 2, 8, 4).int())], ids=str)
+def test_other_arguments_are_named(words):
+    inputs, order = make()
+    (name, _), = words.items()
+    with pytest.raises((ValueError, TypeError), match=f'^{name}: got .*; allowed: '):
+        directional_scan(**inputs, order=order, **words)
+
+
+def test_tables_of_odd_directions_and_sizes():
+    for directions in (None, 3, [['h'], ['v']], ('h', 3)):
+        with pytest.raises(ValueError, match='directions?: got'): order_table(directions, 4, 4)
+    with pytest.raises(ValueError, match='height, width: got 1000000x1000000 tokens'): order_table(('h',), 10**6, 10**6)
+    for name, words in (('test_local_vim', dict(directions=3)), ('test_local_vim', dict(img_size=(32,))),
+                        ('test_local_vim', dict(img_size='32')), ('test_local_vmamba', dict(directions=3)),
+                        ('test_local_vmamba', dict(dims=0))):
+        (key, _), = words.items()
+        with pytest.raises((ValueError, TypeError), match=f'{key}: got'): timm.create_model(name, **words)
+    model = timm.create_model('test_local_vmamba')
+    with pytest.raises(ValueError, match='x: got torch.float64; allowed: torch.float32'):
+        model(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+
+
+def test_zero_channels():
+    for dim in (0, -1, 2.5, True, None):
+        with pytest.raises(ValueError, match=r'dim: got .*; allowed: an integer from 1'): SCAttn(dim, mode='none')
+    parameters = [torch.ones(0), torch.zeros(0), torch.ones(3, 0), torch.ones(3), torch.ones(0, 3), torch.zeros(0)]
+    leaves = [x.requires_grad_() for x in (torch.ones(2, 3, 5, 0), *parameters)]
+    y, pooled, moments = OPS.gated_sum(*leaves, 'numba')
+    assert y.shape == (2, 5, 0) and pooled.shape == (2, 3, 0) and torch.equal(moments, torch.zeros(2, 3, 5, 2))
+    for x, grad in zip(leaves, torch.autograd.grad(y.sum(), leaves)): assert torch.equal(grad, torch.zeros_like(x))
+
+
 # windows, tables
 
 
@@ -350,9 +424,12 @@ def test_tables_are_bounded_in_bytes():
 def test_infinite_and_nan_as_the_reference(name, value):
     inputs, order = make(T=20, D=19)
     inputs[name].flatten()[37 % inputs[name].numel()] = value
+    leaves, dy = [x.requires_grad_() for x in inputs.values()], torch.randn(1, 2, 20, 19)
     y, expected = directional_scan(**inputs, order=order), directional_scan_ref(**inputs, order=order)
-    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
-    assert_close(y, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    pairs = zip([y, *torch.autograd.grad(y, leaves, dy)], [expected, *torch.autograd.grad(expected, leaves, dy)])
+    for a, b in pairs:
+        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())
+        assert_close(a, b, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize('value', [float('inf'), -float('inf'), float('nan')])
@@ -362,8 +439,11 @@ def test_infinite_and_nan_in_the_convolution(value):
     ]
     for t in (x, weight, bias):
         kept, t.view(-1)[23] = t.view(-1)[23].item(), value
-        y, expected = directional_conv(x, weight, bias, order), directional_conv_ref(x, weight, bias, order)
+        leaves, dy = [leaf.clone().requires_grad_() for leaf in (x, weight, bias)], torch.randn(2, 2, 20, 19)
+        y, expected = directional_conv(*leaves, order), directional_conv_ref(*leaves, order)
         assert_close(y, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+        for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy)):
+            assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
         t.view(-1)[23] = kept
 
 

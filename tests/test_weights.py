@@ -97,20 +97,20 @@ def test_ema_weights_are_found_and_said(name, how, tmp_path, caplog):
         assert same(load_weights(timm.create_model(name), tmp_path/'a.pt', ema=False), plain)
 
 
-PREFIXES = {'module.': True, '_orig_mod.': True, 'module._orig_mod.': True, '_orig_mod.module.': True,
-            'backbone.': True, 'model.': True, 'encoder.': True, 'something.': False}
+PREFIXES = ('module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.', 'backbone.', 'model.', 'encoder.',
+            'module.module.', 'teacher.backbone.', 'something.')
 
 
-@pytest.mark.parametrize('prefix, known', PREFIXES.items())
-def test_prefixes(name, prefix, known, tmp_path):
+@pytest.mark.parametrize('prefix', PREFIXES)
+def test_prefixes(name, prefix, tmp_path):
     model = timm.create_model(name)
     for state in (model.state_dict(), to_released(model)):
         state = OrderedDict((prefix + k, v) for k, v in state.items())
         torch.save({'state_dict': state}, tmp_path/'a.pt')
-        if known: assert same(load_weights(timm.create_model(name), tmp_path/'a.pt'), model)
-        else:
-            with pytest.raises(ValueError, match='unexpected .*something.'):
-                load_weights(timm.create_model(name), tmp_path/'a.pt')
+        assert same(load_weights(timm.create_model(name), tmp_path/'a.pt'), model)
+        state['neck.weight'] = torch.zeros(2)
+        with pytest.raises(ValueError, match=r'unexpected \(1\): neck.weight'):
+            load_weights(timm.create_model(name), state)
 
 
 def test_what_wrappers_and_profilers_add(name, tmp_path):
@@ -174,5 +174,67 @@ def test_the_first_line_is_the_true_cause(name):
     with pytest.raises(ValueError, match='rope_pretrained_grid: got 8'):
         load_released(timm.create_model('test_local_vim'), turned)
     nothing = {'epoch': 3, **{f'key{i}': i for i in range(20)}}
-    with pytest.raises(ValueError, match='holds no weights: got epoch, key0, .*key19'): load_weights(model, nothing)
+    with pytest.raises(ValueError, match=r'holds no weights: got epoch \(int\), .*key19'): load_weights(model, nothing)
     with pytest.raises(TypeError, match='source: got a int'): load_weights(model, 3)
+
+
+@pytest.mark.parametrize('under', ['EMA', 'ema_weights', 'averaged_model', ('ema', 'shadow'), 'model_ema.module'])
+def test_averaged_weights_under_more_names(under, caplog):
+    model, other = (timm.create_model('test_local_vim', depth=1) for _ in range(2))
+    state = model.state_dict()
+    held = {under[0]: {under[1]: state}} if isinstance(under, tuple) else {under: state}
+    loaded = load_weights(timm.create_model('test_local_vim', depth=1), {'model': other.state_dict(), **held})
+    assert same(loaded, model) and 'are taken, not those under model' in caplog.text
+
+
+def test_what_stands_among_the_weights_is_left_out_and_named(caplog):
+    model = timm.create_model('test_local_vim', depth=1)
+    state = {**model.state_dict(), 'epoch': 3, 7: 'x'}
+    assert same(load_weights(timm.create_model('test_local_vim', depth=1), state), model)
+    assert 'left out beside the weights: epoch (int), 7 (str)' in caplog.text
+    arrays = {name: x.numpy() for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r'holds no weights: got pos_embed \(ndarray\), '): load_weights(model, arrays)
+
+
+@pytest.mark.parametrize('kind', [torch.Tensor.int, torch.Tensor.bool, lambda x: x.to(torch.complex64),
+                                  lambda x: x.to('meta'), lambda x: x.to_sparse()])
+def test_weights_that_are_no_floats_are_refused(kind):
+    model = timm.create_model('test_local_vim', depth=1)
+    state = {name: kind(x) if name == 'head.weight' else x for name, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r'of another kind \(1\): head.weight .* instead of floats'):
+        load_weights(timm.create_model('test_local_vim', depth=1), state)
+
+
+@pytest.mark.parametrize('content, words', [
+    (b'<!doctype html><html>404', 'a page of HTML'), (b'version https://git-lfs.github.com/spec/v1', 'Git LFS'),
+    (b'\x1f\x8b' + bytes(30), 'packed by gzip'), (b'{"model": 1}', 'JSON'), (b'hello', 'no pickle'),
+    (bytes(500), '.*'), (b'\x80\x02', '.*')])
+def test_files_that_are_no_checkpoint(tmp_path, content, words):
+    (tmp_path/'a.pt').write_bytes(content)
+    with pytest.raises(ValueError, match=rf'a.pt, which is damaged or no checkpoint .*{words}.*; allowed: a whole'):
+        read_checkpoint(tmp_path/'a.pt')
+
+
+def test_files_of_the_time_before_zip_cut_anywhere(tmp_path):
+    path = tmp_path/'a.pt'
+    torch.save({'model': {'a': torch.ones(3)}}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    assert read_checkpoint(path)['a'].tolist() == [1, 1, 1]
+    for end in range(1, len(whole), 7):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match='a.pt, which is damaged or no checkpoint'): read_checkpoint(path)
+
+
+def test_dictionaries_in_themselves_and_ever_deeper():
+    endless, deep = {}, {'a': torch.ones(1)}
+    endless['model'] = endless
+    for _ in range(2000): deep = {'model': deep}
+    for content in (endless, deep):
+        with pytest.raises(ValueError, match='holds no weights: got model'):
+            load_weights(timm.create_model('test_local_vim', depth=1), content)
+
+
+def test_safetensors_by_their_content(tmp_path):
+    from safetensors.torch import save_file
+    save_file({'a': torch.ones(3)}, tmp_path/'a.pth')
+    assert read_checkpoint(tmp_path/'a.pth')['a'].tolist() == [1, 1, 1]

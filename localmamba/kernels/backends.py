@@ -344,6 +344,8 @@ def choice(
 ) -> Choice:
     "The backend of a call, fixed for the compiler and open in an exported program."
     if torch.compiler.is_exporting(): return Choice(backend or '', ())
+    if not isinstance(backend, (str, type(None))):
+        raise TypeError(f'backend: got {backend!r}; allowed: None, {", ".join(map(repr, BACKENDS))}')
     environment = '' if backend else os.environ.get('LOCALMAMBA_BACKEND', '')
     return _choice(backend, environment, x.device.type, x.dtype)
 

@@ -9,7 +9,7 @@ __all__ = ['CONV_STEPS', 'CALL', 'tap_rows', 'tap_sum', 'conv_gather', 'conv_sca
 import numpy as np
 import torch
 
-from .functions import sigmoid, silu
+from .functions import no_number, sigmoid, silu
 from localmamba.kernels.vector import (
     VB, WIDTH, flush_denormals, fma, inlined, load, load_index, next_task, read, restore, splat, store, store_index,
     store_part, write)
@@ -79,7 +79,7 @@ def conv_gather(m, b, k, d, lanes, xs, dpre):
         for j in range(taps):
             w = read(at(m, CALL.weight, 0, k) + j * m[CALL.weight.row] + 4 * d, lanes)
             pre = fma(w, load(xs + (t + j) * VB), pre)
-        s = sigmoid(pre)
+        s = sigmoid(pre) + no_number(pre)
         g = read(at(m, CALL.dy, b, k) + t * m[CALL.dy.row] + 4 * d, lanes) * s * fma(pre, splat(1.0) - s, splat(1.0))
         store(dpre + t * VB, g)
         dbias = dbias + g

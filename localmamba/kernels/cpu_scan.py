@@ -19,7 +19,7 @@ from .functions import LOG2E, clamp, exp2_product, silu, softplus
 from .vector import (
     BLOCK, SIDE, STRIP, VB, WIDTH, dot_columns, flush_denormals, fma, hmax, inlined, load, load1, load_index,
     load_part, load_scalars, load_states, load_strip, max_columns, next_task, prefetch, restore, splat, store,
-    store1, store_index, store_part, store_tile, vabs, vmax, write)
+    store1, store_index, store_part, store_tile, vabs, vmax, where_positive, write)
 from .workers import (
     adjacent, arrive, at, axes_of, channels, checked, clear, constants, enter, lanes_of, launch, layout_of,
     new_table, read_row, row_of_channels)
@@ -203,7 +203,7 @@ def decay(general, x, a, q):
     if general is None: return exp2_product(x, a, q)
     t = x * a
     beyond = vmax(splat(0.0), t - splat(128.0)) * splat(3e38) * splat(3e38)   # infinite where the power is
-    return exp2_product(clamp(t, 126.0), splat(1.0), q) + beyond
+    return where_positive(splat(-126.0) - t, splat(0.0), exp2_product(clamp(t, 126.0), splat(1.0), q)) + beyond
 
 @inlined
 def values(general, p, n):

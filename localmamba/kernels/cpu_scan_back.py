@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import torch
 
-from .functions import LN2, exp_minus, sigmoid, sigmoid_of, softplus, softplus_of
+from .functions import LN2, exp_minus, no_number, sigmoid, sigmoid_of, softplus_of
 from .vector import (
     BLOCK, SIDE, STRIP, VB, WIDTH, dot_columns, dot_rows, flush_denormals, fma, inlined, lane_sums, load, load2,
     load_index, load_states, load_states2, load_strip, max_columns, next_task, repeat_strip, restore, splat, store,
@@ -107,7 +107,7 @@ def gate_back(steps, s):
     for t in range(0, steps, STRIP):
         p = s + t * VB
         z, g = load_strip(p + STEP.gate, 0), load_strip(p + STEP.grad, 0)
-        gate = sigmoid(z)
+        gate = sigmoid(z) + no_number(z)
         store_tile(p + STEP.gate, 0, g * gate * fma(z, splat(1.0) - gate, splat(1.0)))
         store_tile(p + STEP.grad, 0, g * z * gate)
 

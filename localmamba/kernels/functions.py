@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXP2', 'MAGIC', 'LOG2E', 'LN2', 'exp2_product', 'clamp', 'exp', 'softplus_of', 'sigmoid_of', 'exp_minus', 'softplus',
-           'sigmoid', 'silu']
+           'sigmoid', 'no_number', 'silu']
 
 # %% ../../nbs/lib/04a_functions.ipynb #afad9929
 import math
@@ -74,7 +74,12 @@ def sigmoid(x):
     return sigmoid_of(x, exp_minus(x))
 
 @inlined
+def no_number(x):
+    "0; NaN for minus infinity (times a sigmoid of 0) and for NaN."
+    low = vmin(splat(0.0), x)
+    return low - low
+
+@inlined
 def silu(x):
     "x sigmoid(x); NaN for minus infinity, where the sigmoid is 0."
-    low = vmin(splat(0.0), x)
-    return fma(x, sigmoid(x), low - low)
+    return fma(x, sigmoid(x), no_number(x))

@@ -22,12 +22,17 @@ from ..scan import Kept
 def check_image(
     x,  # what a model was given
     in_chans: int,  # channels that it expects
+    conv=None,  # the first layer, whose weights' dtype counts
 ):
     "Raise `ValueError` unless `x` is a batch of images."
+    weight = getattr(conv, 'weight', None)
     image = isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point()
     if not image or x.shape[1] != in_chans or 0 in x.shape[2:]:
         got = f'shape {tuple(x.shape)}, {x.dtype}' if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f'x: got {got}; allowed: (B, {in_chans}, height, width) of floating point')
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype == x.dtype: return
+    if not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f'x: got {x.dtype}; allowed: {weight.dtype}, as the weights, or any under torch.autocast')
 
 def check_rate(
     **rates,  # by the name of the argument
@@ -43,6 +48,9 @@ def check_stack(
 ):
     "Raise `ValueError` naming the first size of a plain stack that cannot be."
     check_sizes(**sizes)
+    both = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if not isinstance(both, (tuple, list)) or [type(n) for n in both] != [int, int]:
+        raise ValueError(f'img_size: got {img_size!r}; allowed: an integer, or height and width')
     if min((img_size, img_size) if isinstance(img_size, int) else img_size) < sizes['patch_size']:
         raise ValueError(f"img_size: got {img_size}; allowed: from patch_size={sizes['patch_size']}")
     if sizes['embed_dim'] % 4 and rope:

@@ -166,7 +166,7 @@ def embed(self: LocalVim,
     x: Tensor,  # (B, in_chans, height, width) image
 ) -> tuple[Tensor, tuple[int, int], int | None]:  # (B, T, D) tokens in fp32, their grid, the class token's index
     "Patches, class token and position embedding; raises `ValueError` unless `x` is a batch of images."
-    check_image(x, self.in_chans)
+    check_image(x, self.in_chans, getattr(self.patch_embed, 'proj', None))
     x = self.patch_embed(fixed_size(x, 3, 2))
     grid = tuple(x.shape[1:3])
     x, index = x.flatten(1, 2), self.cls_index(grid[0] * grid[1])

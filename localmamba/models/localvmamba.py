@@ -134,6 +134,9 @@ class LocalVMamba(VisionModel):
         d_conv: int = 3,  # side of the mixers' convolution
     ):
         super().__init__()
+        for name, sizes in (('dims', dims), ('depths', depths)):
+            if not isinstance(sizes, (tuple, list)):
+                raise ValueError(f'{name}: got {sizes!r}; allowed: integers from 1, one a stage, in a tuple')
         check_sizes(in_chans=in_chans, patch_size=patch_size, **{f'dims[{i}]': d for i, d in enumerate(dims)},
                     **{f'depths[{i}]': d for i, d in enumerate(depths)})
         if len(dims) != len(depths):
@@ -170,7 +173,7 @@ def walk(self: LocalVMamba,
     last: int | None = None,  # stop after this stage
 ):  # yields (B, H, W, C) maps
     "The map at the end of each stage; raises `ValueError` unless `x` is a batch of images."
-    check_image(x, self.in_chans)
+    check_image(x, self.in_chans, getattr(self.patch_embed, 'proj', None))
     x = self.patch_embed(fixed_size(x, 3, 2))
     for stage in self.layers[:None if last is None else last + 1]:
         feature = stage(x, self.grad_checkpointing)
@@ -266,7 +269,9 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create(variant, pretrained=False, **kwargs):
-    return build_model(LocalVMamba, variant, pretrained, tuple(range(len(kwargs.get('dims', range(4))))), **kwargs)
+    dims = kwargs.get('dims')
+    stages = len(dims) if isinstance(dims, (tuple, list)) else 4
+    return build_model(LocalVMamba, variant, pretrained, tuple(range(stages)), **kwargs)
 
 # %% ../../nbs/lib/15_localvmamba.ipynb #f7623d3e
 _S_DEPTHS, _SUPERNET_DIMS = (2, 2, 27, 2), (32, 64, 128, 256)

@@ -12,7 +12,7 @@ import logging
 import pickle
 import re
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import torch
@@ -123,24 +123,24 @@ def _unpickled(path):
             kinds |= changed
 
 # %% ../../nbs/lib/13_weights.ipynb #2364c38a
-EMA_NAMES = ('model_ema', 'state_dict_ema', 'ema_model', 'ema_state_dict', 'model_ema_state_dict', 'ema')
+EMA_NAMES = ('model_ema', 'state_dict_ema', 'ema_model', 'ema_state_dict', 'model_ema_state_dict', 'ema_weights',
+             'ema_params', 'ema', 'averaged_model', 'swa_model')
 STATE_NAMES = ('state_dict', 'model', 'model_state_dict', 'model_state', 'network', 'net', 'weights', 'params',
-               'module')
+               'module', 'shadow')
 _LEFT_BEHIND = ('total_ops', 'total_params')  # of profilers
 
 def _is_state(content):
     if not isinstance(content, dict) or not content: return False
     return all(isinstance(n, str) and isinstance(v, Tensor) for n, v in content.items())
 
-def _state_under(content, names):
-    "The first state dict under one of these names, or under one of `STATE_NAMES` inside; returns (name, state)."
+def _states_under(content, names, depth=4):
+    "The state dicts under these names, whatever their case, or under one of `STATE_NAMES` inside: (name, state) each."
     for name in names:
-        for key in [k for k in content if isinstance(k, str) and (k == name or k.startswith(f'{name}.'))]:
+        for key in [k for k in content if isinstance(k, str) and f'{k.lower()}.'.startswith(f'{name}.')]:
             value = content[key]
-            if _is_state(value): return key, value
-            if isinstance(value, dict) and (found := _state_under(value, STATE_NAMES)):
-                return f'{key}.{found[0]}', found[1]
-    return None
+            if _is_state(value): yield key, value
+            elif isinstance(value, dict) and depth:
+                for inside, state in _states_under(value, STATE_NAMES, depth - 1): yield f'{key}.{inside}', state
 
 # %% ../../nbs/lib/13_weights.ipynb #65d40b90
 def _flat_ema(state, ema):
@@ -175,17 +175,42 @@ def weights_in(
     if not isinstance(content, dict):
         raise ValueError(f'{where}: got a {type(content).__name__}; allowed: a state dict, or a dict that holds one')
     if _is_state(content): return _clean(_flat_ema(content, ema))
-    averaged, plain = _state_under(content, EMA_NAMES), _state_under(content, STATE_NAMES)
-    name, state = (averaged or plain if ema else plain or averaged) or (None, None)
-    if state is None:
-        raise ValueError(f'{where} holds no weights: got {", ".join(map(str, content)) or "an empty dict"}; '
-                         f'allowed: a plain state dict, or one under {", ".join(STATE_NAMES + EMA_NAMES)}')
-    if averaged and plain:
-        others = (plain if state is averaged[1] else averaged)[0]
-        _log.warning('%s: the weights under %s are taken, not those under %s', where, name, others)
-    return _clean(_flat_ema(state, ema))
+    kinds = [list(_states_under(content, names)) for names in (EMA_NAMES, STATE_NAMES)]
+    found = dict(pair for pairs in (kinds if ema else kinds[::-1]) for pair in pairs)
+    if not found:
+        loose = OrderedDict((n, v) for n, v in content.items() if isinstance(n, str) and isinstance(v, Tensor))
+        others = ', '.join(f'{n} ({type(v).__name__})' for n, v in content.items() if n not in loose)
+        if not loose:
+            raise ValueError(f'{where} holds no weights: got {others or "an empty dict"}; '
+                             f'allowed: a plain state dict, or one under {", ".join(STATE_NAMES + EMA_NAMES)}')
+        _log.warning('%s: left out beside the weights: %s', where, others)
+        return _clean(_flat_ema(loose, ema))
+    name, *others = found
+    if others: _log.warning('%s: the weights under %s are taken, not those under %s', where, name, ', '.join(others))
+    return _clean(_flat_ema(found[name], ema))
 
 # %% ../../nbs/lib/13_weights.ipynb #dc0b0599
+_BEGINNINGS = {b'<': 'a page of HTML or XML', b'version https://git-lfs': "Git LFS's note of a file (git lfs pull)",
+               b'\x1f\x8b': 'a file packed by gzip', b'{': 'JSON', b'\x93NUMPY': 'an array of NumPy'}
+
+def _is_safetensors(path):
+    with path.open('rb') as file: begin = file.read(9)
+    header = int.from_bytes(begin[:8], 'little')
+    return begin[8:] == b'{' and 8 + header <= path.stat().st_size or (
+        path.suffix.lower() == '.safetensors' and begin[:2] != b'PK')
+
+def _looks_like(path, error):
+    "What a file that PyTorch cannot read may be, or what PyTorch says of it, in a few words."
+    with path.open('rb') as file: begin = file.read(64).lstrip()
+    for start, looks in _BEGINNINGS.items():
+        if begin.startswith(start): return looks
+    if 'TorchScript' in error: return 'a TorchScript archive, which is a program (save its state_dict)'
+    if 'not in a subdirectory' in error: return 'a zip file of something else'
+    if operand := re.search(r'Unsupported operand (\d+)', error):
+        return f'pickle code {operand[1]}, which torch.save does not write with its own protocol (2)'
+    line = (error.split('WeightsUnpickler error: ')[-1].splitlines() or ['nothing that can be read'])[0]
+    return 'no pickle' if line.isdigit() or line.startswith('Weights only') else line[:150]
+
 def read_checkpoint(
     path: str | Path,  # a file written by `torch.save`, or safetensors
     ema: bool = True,  # take EMA weights where there are any
@@ -193,18 +218,16 @@ def read_checkpoint(
     "The state dict in a file, in which nothing is executed; raises `ValueError` if it is damaged or holds none."
     path = Path(path)
     check_file(path)
-    if path.suffix == '.safetensors':
+    if _is_safetensors(path):
         try: return weights_in(load_file(path), path, ema)
         except SafetensorError as error: raise _damaged(path, error) from error
     try: content, skipped = _unpickled(path)
-    except pickle.UnpicklingError as error:
+    except Exception as error:
         named = re.search(r'GLOBAL (\S+) whose module', str(error))
         if named:
             raise ValueError(f'checkpoint: got {path} with {named[1]}, a program; allowed: data; '
                              'nothing in it was run') from error
-        raise _damaged(path, error, ' or no checkpoint') from error
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _damaged(path, error, ' or no checkpoint') from error
+        raise _damaged(path, _looks_like(path, str(error)), ' or no checkpoint') from error
     if skipped := [n for n in skipped if n.partition('.')[0] not in _HARMLESS]:
         _log.warning('%s: left out, since they are no data: %s', path, ', '.join(skipped))
     return weights_in(content, path, ema)
@@ -227,13 +250,19 @@ def _compare(model, state, wanted):
     own = facts_in(model.state_dict())
     said = {n: (facts, own[n]) for n, facts in facts_in(state).items() if n in own and 'directions' in facts}
     state, wanted = without_facts(state), without_facts(wanted)
+    floats = {n for n, x in model.state_dict().items() if x.is_floating_point() or n not in wanted}
     def other(name, shape): return name in state and tuple(state[name].shape) != tuple(shape)
+    def odd(name, x):
+        if x.is_meta or x.layout != torch.strided or x.is_quantized: return True
+        return not x.is_floating_point() and (name in floats or name not in model.state_dict())
     _refuse(model, {
         'of other directions': [f"{n}: the weights belong to directions {', '.join(a['directions'])}; "
                                 f"the model has {', '.join(b['directions'])}"
                                 for n, (a, b) in said.items() if list(a['directions']) != list(b['directions'])],
         'of another shape': [f'{name} {tuple(state[name].shape)} instead of {tuple(shape)}'
                              for name, shape in wanted.items() if other(name, shape)],
+        'of another kind': [f'{name} {"without numbers" if x.is_meta else x.dtype} {x.layout} instead of floats'
+                            for name, x in state.items() if name in wanted and odd(name, x)],
         'missing': [name for name in wanted if name not in state],
         'unexpected': [name for name in state if name not in wanted]})
 
@@ -250,11 +279,16 @@ def _flavour_of(model, state):
 def _unwrapped(model, state):
     "The part of a state dict that is the model's, where a larger network's prefix stands before its names."
     known = model.state_dict().keys() | _released_names(model)
-    def readings():
-        yield state
-        for prefix in ('backbone.', 'model.', 'encoder.', 'net.', 'network.', 'student.'):
-            yield OrderedDict((n.removeprefix(prefix), v) for n, v in state.items())
-    return max(readings(), key=lambda reading: len(reading.keys() & known))  # of equal ones the first
+    before = Counter(f'{front}.' for name in state for front in _fronts(name) if name[len(front) + 1:] in known)
+    readings = [state] + [OrderedDict((n.removeprefix(prefix), v) for n, v in state.items())
+                          for prefix, _ in before.most_common(3)]
+    whole = [reading for reading in readings if len(reading) == len(state)]  # no two became one
+    return max(whole, key=lambda reading: len(reading.keys() & known))  # of equal ones the first
+
+def _fronts(name):
+    "What stands before each dot of a name."
+    parts = name.split('.')
+    return ['.'.join(parts[:i]) for i in range(1, len(parts))]
 
 def _released_names(model):
     if not hasattr(model, 'released_layout'): return set()
