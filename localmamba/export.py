@@ -32,6 +32,7 @@ def scan_step(
     B: Tensor,   # (Bt * K, N, 1)
     C: Tensor,   # (Bt * K, 1, N)
     A: Tensor,   # (Bt * K, N, D)
+    *_,          # a free size of the batch
 ) -> list[Tensor]:  # the next state and y (Bt * K, 1, D)
     "One step of the selective scan."
     h = torch.exp(dt * A) * h + B * x
@@ -76,10 +77,11 @@ def plain_scan(*args):
     timed = lambda x: read(x) if x.dim() == 4 else None
     B, C, A = timed(a.B), timed(a.C), states(a.A).contiguous()
     rows = merged(dt).unsqueeze(2), merged(dt * u).unsqueeze(2)
-    if B is None or C is None: last, y = _constant_scan(rows, a, B, C, A, states, merged)
+    free = [n for n in dt.shape[:1] if isinstance(n, torch.SymInt)]  # AOTInductor asks where a size comes from
+    if B is None or C is None: last, y = _constant_scan(rows, a, B, C, (A, *free), states, merged)
     else:
         steps = [*rows, merged(B).unsqueeze(3), merged(C).unsqueeze(2)]
-        last, y = scan_op(scan_step, [torch.zeros_like(A)], steps, (A,))
+        last, y = scan_op(scan_step, [torch.zeros_like(A)], steps, (A, *free))
     y = y.squeeze(2).unflatten(1, (-1, K)).permute(1, 2, 0, 3)
     if a.D is not None: y = y + a.D[:, None].to(dtype) * u
     if a.order is not None: y = tokens_of(y, a.order, a.tokens)
@@ -87,16 +89,16 @@ def plain_scan(*args):
     return y.to(a.u.dtype), last.unflatten(0, (-1, K)).mT, u.new_zeros(0, dtype=torch.float32)
 
 
-def _constant_scan(rows, a, B, C, A, states, merged):
+def _constant_scan(rows, a, B, C, shared, states, merged):
     "The scan where B or C is the same at every step."
     def step(h, dt, x, *rest):
-        *moving, A, B_all, C_all = rest
+        (*moving, B_all, C_all), (A, *_) = rest[:-len(shared)], rest[-len(shared):]
         moving = iter(moving)
         h = torch.exp(dt * A) * h + (B_all if B is None else next(moving)) * x
         return [h.clone(), (C_all * h).sum(1, keepdim=True) if C is None else torch.bmm(next(moving), h)]
     moving = [merged(x).unsqueeze(axis) for x, axis in ((B, 3), (C, 2)) if x is not None]
-    constants = [states(x).contiguous() if x.dim() == 3 else A for x in (a.B, a.C)]
-    return scan_op(step, [torch.zeros_like(A)], [*rows, *moving], (A, *constants))
+    constants = [states(x).contiguous() if x.dim() == 3 else shared[0] for x in (a.B, a.C)]
+    return scan_op(step, [torch.zeros_like(shared[0])], [*rows, *moving], (*constants, *shared))
 
 # %% ../nbs/lib/44_export.ipynb #090c8e29
 def plain_conv(x, weight, bias, order, backend):

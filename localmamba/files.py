@@ -171,7 +171,8 @@ def identity(
     "What lies in a folder, in a few characters; raises `FileNotFoundError` when a file is missing."
     if Path(folder).is_file(): folder, files = Path(folder).parent, [Path(folder).name]
     names = sorted(files_below(folder) if files is None else map(str, files))
-    if files is None and not names: raise FileNotFoundError(f'{folder}: no files are there')
+    if files is None and not names:
+        raise FileNotFoundError(f'data: got {folder}, where no files are; allowed: a folder of data')
     digest, total, rest = hashlib.sha256(), 0, [name for name in names if not annotations(name)]
     begun = {rest[i] for i in np.linspace(0, len(rest) - 1, min(sample, len(rest))).astype(int)}
     for name in names:

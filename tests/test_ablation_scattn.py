@@ -25,7 +25,8 @@ def project(tmp_path, monkeypatch):
 
 def test_which_gate_and_where(project, monkeypatch):
     rows = ['none', 'channel', 'both', 'both, merged']
-    text, space = execute('ablation_scattn', monkeypatch, **TOY, rows=rows, seeds=[0, 1], published=[])
+    text, space = execute('ablation_scattn', monkeypatch, **TOY, rows=rows, seeds=[0, 1], published=[],
+                          models=['local_vim_nano', 'local_vmamba_nano'])
     table = pd.read_csv(project/'ablation_scattn/digits/table.csv')
     assert table.row.tolist() == 2 * rows and (table.seeds == 2).all() and table.model.nunique() == 2
     assert table.paper_top1.dropna().tolist() == [75.2, 75.8]

@@ -312,7 +312,7 @@ def test_other_data_under_the_same_name_are_another_run(tmp_path, capsys):
     other = run()
     assert not other.finished and other.dir.parts[-3].startswith('photos-')
     assert 'these data are' in capsys.readouterr().out
-    with pytest.raises(ValueError, match='data: got 2 files of 6 bytes .* is of 2 files of 6 bytes'):
+    with pytest.raises(ValueError, match='data: got 2 files of 6 bytes .*; allowed: 2 files of 6 bytes'):
         Run('exp', 'photos', {'seed': 0}, 'a run', tmp_path, identity(tmp_path/'photos')).finished
 
 
@@ -333,7 +333,7 @@ def test_every_study_keeps_other_data_elsewhere(tmp_path, monkeypatch, capsys):
         Run('ablation_scan', kept('folder', 'two', 'folder')[0], {'seed': 0}, 'a run', data=second).finished
     for dataset, path, words in (('folder', '', 'data_dir'), ('imagenet', 'one', "got 'imagenet'")):
         with pytest.raises(ValueError, match=words): kept(dataset, path)
-    with pytest.raises(FileNotFoundError, match='no files are there'): kept('folder', 'nowhere')
+    with pytest.raises(FileNotFoundError, match='data: got nowhere, where no files are'): kept('folder', 'nowhere')
 
 
 def test_records_that_say_nothing_stay_valid(tmp_path):

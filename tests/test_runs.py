@@ -357,3 +357,14 @@ def test_values_that_do():
     right = dict(epochs=1, n_train=0, share=1., warmup=-1, rows=['w2'], size=[1, 2, 3], label='x', model='micro',
                  seed=2 ** 32 - 1)
     refuse_values(DEFAULTS, DEFAULTS | right, comments(CELL), model=('nano', 'micro'))
+
+
+@pytest.mark.parametrize('name, wrong', [('weights', 'nowhere.pth'), ('checkpoint', '.'), ('row', 'a\0'),
+                                         ('ignored', [-1]), ('ignored', ['a']), ('ignored', [None])])
+def test_files_and_numbers_by_what_is_said_of_them(tmp_path, name, wrong):
+    cell = "weights = ''  # a file\ncheckpoint = ''  # another\nrow = ''  # text\nignored = []  # more numbers\n"
+    defaults = dict(weights='', checkpoint='', row='', ignored=[])
+    with pytest.raises((ValueError, TypeError), match=f"parameter '{name}': got "):
+        refuse_values(defaults, defaults | {name: wrong}, comments(cell))
+    (tmp_path/'w.pt').write_bytes(b'x')
+    refuse_values(defaults, defaults | dict(weights=str(tmp_path/'w.pt'), ignored=[0, 255], row='any'), comments(cell))

@@ -309,7 +309,7 @@ def test_infinite_and_nan_on_eight_lanes():
     names = 'test_infinite_and_nan_as_the_reference or test_infinite_and_nan_in_the_convolution'
     done = subprocess.run([sys.executable, '-m', 'pytest', __file__, '-q', '-k', names], capture_output=True, text=True,
                           env={**os.environ, 'LOCALMAMBA_LANES': '8'})
-    assert done.returncode == 0 and '27 passed' in done.stdout, done.stdout[-2000:]
+    assert done.returncode == 0 and '.' * 27 in done.stdout, done.stdout[-2000:]
 
 
 ODD = {'nothing': lambda x: None, 'a list': lambda x: x.tolist(), 'numpy': lambda x: x.detach().numpy(),

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -66,6 +67,34 @@ def test_onnx_of_what_stands_on_a_model(kind, tmp_path):
     with torch.no_grad(): expected = model(images)
     outputs = [torch.from_numpy(y) for y in run.run(None, {'x': images.numpy()})]
     assert_close(outputs, expected if isinstance(expected, list) else [expected], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['local_vim_tiny', 'local_vmamba_tiny'])
+def test_onnx_of_a_full_model(name, tmp_path):
+    "Figures of docs/use.md: seconds to export, and onnxruntime's CPU time against ours, on one thread each."
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model, images = timm.create_model(name).eval(), torch.randn(1, 3, 224, 224)
+
+    def seconds(call, times=5):
+        each = []
+        for _ in range(times):
+            begun = time.process_time()
+            call()
+            each.append(time.process_time() - begun)
+        return min(each)
+
+    export = seconds(lambda: to_onnx(model, tmp_path/'model.onnx'), times=1)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(tmp_path/'model.onnx', options, providers=['CPUExecutionProvider'])
+    run = lambda: torch.from_numpy(session.run(None, {'x': images.numpy()})[0])
+    with torch.inference_mode():
+        assert_close(run(), model(images), rtol=0, atol=1e-4)
+        ours, theirs = seconds(lambda: model(images)), seconds(run)
+    print(f'{name}: exported in {export:.0f} s, {(tmp_path/"model.onnx").stat().st_size / 1e6:.0f} MB, '
+          f'{theirs / ours:.1f} times our time ({ours:.2f} s)')
+    assert export <= 60 and theirs <= 4 * ours
 
 
 def test_an_encoder_of_segmentation_models_pytorch():
@@ -148,6 +177,15 @@ def first_fake(name):
 @pytest.mark.parametrize('start, work, expected', [('spawn', first_a_trace, 4), ('forkserver', first_fake, True)])
 def test_workers_and_what_they_do_first(start, work, expected):
     with multiprocessing.get_context(start).Pool(1) as pool: assert pool.map(work, NAMES) == [expected] * 2
+
+
+@pytest.mark.parametrize('readout', ['head_cls', 'mid_cls'])
+def test_a_trace_with_a_class_token(readout):
+    model = timm.create_model('test_local_vim', depth=1, img_size=16, readout=readout).eval()
+    images = torch.randn(2, 3, 16, 16)
+    graph = torch.jit.trace(model, images, check_trace=False)
+    assert_close(graph(images[:1]), model(images[:1]))
+    with pytest.raises(RuntimeError): graph(torch.randn(2, 3, 8, 32))
 
 
 # layers in other clothes

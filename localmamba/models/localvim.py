@@ -168,12 +168,12 @@ def embed(self: LocalVim,
     "Patches, class token and position embedding; raises `ValueError` unless `x` is a batch of images."
     check_image(x, self.in_chans, getattr(self.patch_embed, 'proj', None))
     x = self.patch_embed(fixed_size(x, 3, 2))
-    grid = tuple(x.shape[1:3])
+    grid = tuple(map(int, x.shape[1:3]) if torch.jit.is_tracing() else x.shape[1:3])
     x, index = x.flatten(1, 2), self.cls_index(grid[0] * grid[1])
     pos, cls_pos = self.resized_pos_embed(grid) if self.pos_embed is not None else (0, 0)
     x = x + pos
     if index is not None:
-        cls = (self.cls_token + cls_pos).to(x.dtype).expand(len(x), -1, -1)
+        cls = (self.cls_token + cls_pos).to(x.dtype).expand(x.shape[0], -1, -1)
         x = torch.cat([x[:, :index], cls, x[:, index:]], 1)
     return x.to(torch.promote_types(x.dtype, torch.float32)), grid, index
 
