@@ -183,8 +183,7 @@ def pages(image):
 def levels(image):  # of grey
     "The largest value that a grey TIFF of 9 to 16 bits can hold, 0 where it says nothing; whether its 0 is white."
     tags = image.tag_v2 if image.format == 'TIFF' and image.mode[0] in 'IF' else {}
-    bits = tags.get(258, (16,))[0]
-    return 2 ** bits - 1 if image.mode.startswith('I;16') and bits < 16 else 0, tags.get(262) == 0
+    return (2 ** tags[258][0] - 1 if 258 in tags and image.mode[:4] == 'I;16' else 0), tags.get(262) == 0
 
 def eight_bits(
     image: Image.Image,  # decoded
