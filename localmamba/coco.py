@@ -58,6 +58,7 @@ FIELDS = {
                     'iscrowd': (lambda v: isinstance(v, (int, float)) and v in (0, 1), '0 or 1')}}
 OPTIONAL = {'area', 'iscrowd'}
 
+# %% ../nbs/lib/26_coco.ipynb #8d2cb352
 def read_annotations(
     path,  # of a .json
     masks: bool = True,  # refuse instances without a segmentation; False: segmentations are left out

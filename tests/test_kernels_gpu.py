@@ -36,7 +36,7 @@ def python(*args, **env):
 @pytest.mark.skipif(gpu.INTERPRETED or gpu.MISSING is not None, reason='in the interpreter already, or no Triton')
 def test_in_the_interpreter():
     "The tests below that need no GPU."
-    chosen = '-m', 'not cuda and not slow', '-p', 'no:cacheprovider'
+    chosen = '-m', 'not cuda and not slow', '-k', 'not without_triton and not check_of_a_gpu', '-p', 'no:cacheprovider'
     out = python('-m', 'pytest', __file__, *chosen, TRITON_INTERPRET='1')
     assert ' passed' in out
 
