@@ -168,7 +168,8 @@ def embed(self: LocalVim,
     "Patches, class token and position embedding; raises `ValueError` unless `x` is a batch of images."
     check_image(x, self.in_chans, getattr(self.patch_embed, 'proj', None))
     x = self.patch_embed(fixed_size(x, 3, 2))
-    grid = tuple(map(int, x.shape[1:3]) if torch.jit.is_tracing() else x.shape[1:3])
+    fixed = torch.jit.is_tracing() and self.num_prefix_tokens  # the place of a class token is a number
+    grid = tuple(map(int, x.shape[1:3]) if fixed else x.shape[1:3])
     x, index = x.flatten(1, 2), self.cls_index(grid[0] * grid[1])
     pos, cls_pos = self.resized_pos_embed(grid) if self.pos_embed is not None else (0, 0)
     x = x + pos
