@@ -120,8 +120,10 @@ def train_transform(
         if op.aug_fn is timm_augment.posterize: op.aug_fn = _posterize
     return transform
 
-def check_side(size):
-    "Refuse what is no side of an image."
+def check_side(
+    size,  # pixels, one number or (height, width)
+):
+    "Raise `ValueError` for what is no side of an image."
     if not all(type(n) is int and 0 < n < 10_000 for n in (size if isinstance(size, (tuple, list)) else [size])):
         raise ValueError(f'size: got {size!r}; allowed: a whole number of pixels from 1 to 9999')
 

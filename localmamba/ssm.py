@@ -64,7 +64,7 @@ _lib, _ops = operators(
 
 # %% ../nbs/lib/03_ssm.ipynb #3e524409
 _DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
-_OPTIONAL = 'D', 'z', 'delta_bias', 'bias', 'initial_state'
+_OPTIONAL = 'D', 'z', 'delta_bias', 'bias', 'initial_state', 'order'
 
 
 def _expect_dtypes(device, tensors):
@@ -274,7 +274,8 @@ def _for_graph(order, tokens):
 
 def _scan(inputs, tokens, backend):
     "Check the inputs and call the operator: y and the last state."
-    given = [*inputs[:5], *(x for x in inputs[5:9] if x is not None)]
+    tensors = zip(inputs._fields, (*inputs.tensors, inputs.order))
+    given = [x for name, x in tensors if x is not None or name not in _OPTIONAL]
     reference, plain = transformed(*inputs.tensors), all(isinstance(x, Tensor) and x.dim() > 1 for x in given)
     if reference or torch.compiler.is_compiling() or not plain or any(x.is_nested for x in given):
         tokens = _expect_scan(inputs, tokens)

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import localmamba.classify  # noqa: F401 (names of both families for timm)
-from localmamba.models.bundled import bundled_cards, bundled_folder, bundled_options, write_bundled
+from localmamba.models.bundled import bundled_cards, bundled_folder, bundled_options, card_text, write_bundled
 
 ROOT = Path(__file__).parent.parent
 CARDS = bundled_cards()
@@ -54,6 +54,11 @@ def test_a_card_says_what_its_record_says(name):
     assert card['top1'] == record['top1'] and card['params_m'] == record['params_m'] < 1
     params = json.loads((ROOT/'results'/card['run']/'params.json').read_text())
     assert params['model'] == name.split('.')[0] and params['model_options'] == card['model_options']
+
+
+@pytest.mark.parametrize('name', CARDS)
+def test_the_card_to_be_read_is_that_of_the_weights(name):
+    assert (bundled_folder()/f'{name}.md').read_text() == card_text(name, CARDS[name])
 
 
 @pytest.mark.parametrize('name', CARDS)

@@ -51,7 +51,7 @@ def check_stack(
     both = (img_size, img_size) if isinstance(img_size, int) else img_size
     if not isinstance(both, (tuple, list)) or [type(n) for n in both] != [int, int]:
         raise ValueError(f'img_size: got {img_size!r}; allowed: an integer, or height and width')
-    if min((img_size, img_size) if isinstance(img_size, int) else img_size) < sizes['patch_size']:
+    if min(both) < sizes['patch_size']:
         raise ValueError(f"img_size: got {img_size}; allowed: from patch_size={sizes['patch_size']}")
     if sizes['embed_dim'] % 4 and rope:
         raise ValueError(f"embed_dim: got {sizes['embed_dim']}; allowed with rope=True: multiples of 4")
