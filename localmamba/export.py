@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['scan_step', 'steps_of', 'tokens_of', 'plain_scan', 'plain_conv', 'plain_table', 'frozen', 'example_for', 'traced',
-           'plain_program', 'written_to', 'to_pt2', 'onnx_scan', 'onnx_conv', 'to_onnx', 'model_card', 'save_with_card']
+           'plain_program', 'written_to', 'to_pt2', 'onnx_scan', 'onnx_conv', 'onnx_bicubic', 'to_onnx', 'model_card',
+           'save_with_card']
 
 # %% ../nbs/lib/44_export.ipynb #03c78f75
 from contextlib import contextmanager
@@ -314,6 +315,22 @@ def onnx_conv(x, weight, bias, order, backend: str):
     return op.Mul(y, op.Sigmoid(y))
 
 # %% ../nbs/lib/44_export.ipynb #c2f52da5
+def _cubic(n, size, align_corners, scale):
+    "The matrix (size, n) by which a row of n numbers is resized."
+    scales, size = (scale and [scale, 1.]), (None if size is None else [size, 1])
+    columns = torch.eye(n)[None, :, :, None]
+    return torch.ops.aten.upsample_bicubic2d.vec(columns, size, align_corners, scales)[0, :, :, 0].T
+
+
+def onnx_bicubic(x, output_size, align_corners: bool, scale_factors):
+    "Bicubic resizing of (B, C, H, W) in operators of ONNX."
+    ir, _, op = _onnx()
+    axes = zip(x.shape[-2:], output_size or (None, None), scale_factors or (None, None))
+    left, right = (_cubic(int(n), size, align_corners, scale).numpy() for n, size, scale in axes)
+    matrix = lambda rows: op.Constant(value=ir.serde.serialize_tensor(ir.tensor(rows.copy())))
+    return op.MatMul(op.MatMul(matrix(left), x), matrix(right.T))
+
+# %% ../nbs/lib/44_export.ipynb #69640528
 def to_onnx(
     model: nn.Module,  # classifier, backbone, segmenter, or what else has our mixers in it; in evaluation mode, fp32
     path: str | Path,  # a file `.onnx`
@@ -331,7 +348,8 @@ def to_onnx(
     with frozen(model):
         torch.onnx.export(program, (), path, dynamo=True, optimize=False, verbose=False, external_data=False,
                           input_names=['x'], output_names=['y'] if outputs == 1 else [f'y{i}' for i in range(outputs)],
-                          custom_translation_table=dict(zip(_operators(), (onnx_scan, onnx_conv))))
+                          custom_translation_table=dict(zip(_operators(), (onnx_scan, onnx_conv))) | {
+                              torch.ops.aten.upsample_bicubic2d.vec: onnx_bicubic})
     return path
 
 # %% ../nbs/lib/44_export.ipynb #a158d730
