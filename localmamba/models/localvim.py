@@ -18,8 +18,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..mixer import (FACTS, Described, VimMixer, check_choice, check_directions, check_sizes, fixed_size, layer_directions, pack,
-                              unpack, without_facts)
+from ..mixer import (FACTS, Described, VimMixer, check_choice, check_directions, check_sizes, fixed_size,
+                              layer_directions, pack, unpack, without_facts)
 from .bundled import bundled_cfgs, bundled_options
 from .common import (RELEASED_URL, SMALL_IMAGES, VisionModel, cached_rope_tables, check_image,
                                       check_rate, check_stack, expand_directions, linear_rates, model_cfg,

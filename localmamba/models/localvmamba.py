@@ -18,7 +18,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..mixer import SS2D, check_choice, check_directions, check_sizes, fixed_size, layer_directions, without_facts
+from ..mixer import (SS2D, check_choice, check_directions, check_sizes, fixed_size, layer_directions,
+                              without_facts)
 from .bundled import bundled_cfgs, bundled_options
 from .common import (RELEASED_URL, SMALL_IMAGES, VisionModel, check_image, check_rate,
                                       expand_directions, linear_rates, model_cfg, run_block)
