@@ -296,27 +296,16 @@ def test_onnx_of_an_adapted_and_of_a_pruned_model(name, kind, tmp_path):
         def settle():
             for layer in layers: prune.remove(layer, 'weight')
             return model
-    assert (net.eval()(images) - before).abs().max() > 1e-2
+    assert (net.eval()(images) - before).abs().max() > 2e-3
     onnx_equals(net, tmp_path/'model.onnx', images, torch.randn(3, 3, 16, 16))
     onnx_equals(settle(), tmp_path/'settled.onnx', images)
 
 
-class Forwards(nn.Module):
-    "As the wrappers of others: any arguments."
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args, **kwargs): return self.model(*args, **kwargs)
-
-
 def test_a_wrapper_that_takes_any_arguments_is_traced():
     model = small('test_local_vim')
-    for batch in (1, 3):
-        images = torch.randn(batch, 3, 16, 16)
-        with torch.no_grad(): expected = model(images)
-        for wrapped in (Forwards(model).eval(), AveragedModel(model).eval()):
-            assert_close(traced(wrapped, torch.randn(2, 3, 16, 16)).module()(images), expected)
+    program = traced(AveragedModel(model).eval(), torch.randn(2, 3, 16, 16)).module()
+    for images in (torch.randn(1, 3, 16, 16), torch.randn(3, 3, 16, 16)):
+        with torch.no_grad(): assert_close(program(images), model(images))
 
 
 # a card

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import localmamba  # noqa: F401  registers the models
-from localmamba.export import save_weights, save_with_card
+from localmamba.export import save_weights
 from localmamba.models.reading import absurd_in, checksum
 from localmamba.models.weights import load_released, load_weights, read_checkpoint, to_released
 
@@ -281,7 +281,8 @@ def test_one_changed_bit_of_our_own_files_is_seen(tmp_path):
 
 def test_a_damaged_folder_is_refused_on_timms_way(tmp_path):
     model = timm.create_model('test_local_vim', depth=1)
-    save_with_card(model, tmp_path)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    save_weights(model, tmp_path/'model.safetensors')
     assert same(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), model)
     path = tmp_path/'model.safetensors'
     whole = bytearray(path.read_bytes())
