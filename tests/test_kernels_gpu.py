@@ -25,10 +25,10 @@ runs = pytest.mark.skipif(gpu.reason() is not None, reason=str(gpu.reason()))
 cuda = lambda test: pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')(test))
 
 
-def python(*args, **env):
+def python(*args, timeout=600, **env):
     "Output of a new process, in which the interpreter is on only if asked for."
     env = {**{k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}, 'PYTHONPATH': str(ROOT), **env}
-    done = subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    done = subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -286,7 +286,7 @@ def test_make_gpu(tmp_path, options):
     (tmp_path/'results').unlink()
     shutil.copytree(ROOT/'results/gpu', tmp_path/'results/gpu')
     (tmp_path/'settings.ini').touch()
-    python('-m', 'papermill', ROOT/'nbs/gpu.ipynb', tmp_path/'out.ipynb', '--cwd', tmp_path, *options)
+    python('-m', 'papermill', ROOT/'nbs/gpu.ipynb', tmp_path/'out.ipynb', '--cwd', tmp_path, *options, timeout=3000)
     said = (tmp_path/'out.ipynb').read_text()
     if not options: assert 'Nothing was measured: there is no GPU here.' in said
     else:
@@ -300,11 +300,12 @@ def test_make_gpu(tmp_path, options):
 def test_compiles(tmp_path, capability):
     "The kernels of a layer, without a GPU: no atomic anywhere, few spills in one kernel and none in the others."
     if not getattr(gpu_scan.triton.knobs.nvidia.ptxas, 'path', None): pytest.skip('no ptxas in this Triton')
-    out = json.loads(python('-m', 'localmamba.kernels.paper', str(capability), TRITON_CACHE_DIR=str(tmp_path)))
+    printed = python('-m', 'localmamba.kernels.paper', str(capability), timeout=3000, TRITON_CACHE_DIR=str(tmp_path))
+    out = json.loads(printed)
     kernels = {row['kernel']: row for row in out['kernels']}
     assert len(kernels) == 8 and all(row['atomics'] == 0 for row in kernels.values())
     assert all(row['spilled'] == 0 for name, row in kernels.items() if name != 'scan_backward')
-    assert kernels['scan_backward']['spilled'] <= 320
+    assert kernels['scan_backward']['spilled'] <= 160
     assert len(out['rows']) == 10 and all(row['predicted_us'] >= .9 * row['floor_us'] for row in out['rows'])
 
 
