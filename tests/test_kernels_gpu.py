@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
 from localmamba import gpu_check
+from localmamba.files import read_csv
 from localmamba.kernels import gpu, gpu_gate, gpu_scan
 from localmamba.kernels.paper import Shape
+from localmamba.models.weights import to_released
 from localmamba.scattn import SCAttn
 from localmamba.ssm import backends, directional_conv, directional_conv_ref, directional_scan, directional_scan_ref
 from test_ssm import LAYOUTS, MAMBA_TOLERANCE, contiguous, make, make_order
@@ -292,6 +296,36 @@ def test_make_gpu(tmp_path, options):
     else:
         page = (tmp_path/'results/gpu/trial/README.md').read_text()
         assert '42 of 42 within bounds' in page and '3 of 3 fit' in page, page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_the_trainings_of_make_gpu_on_the_cpu(tmp_path):
+    "The parts that start other notebooks: the cuda tests (none here), a training killed and resumed, a checkpoint."
+    for name in ('tests', 'nbs', 'pyproject.toml'): (tmp_path/name).symlink_to(ROOT/name)
+    (tmp_path/'settings.ini').touch()
+    for part in ('train', 'val'):
+        for label in ('cats', 'dogs'):
+            (tmp_path/'photos'/part/label).mkdir(parents=True)
+            for i in range(2):
+                Image.effect_noise((64, 48), 80).convert('RGB').save(tmp_path/f'photos/{part}/{label}/{i}.jpg')
+    model = timm.create_model('local_vim_tiny', num_classes=2)
+    torch.save({'model': to_released(model)}, tmp_path/'released.pth')
+    small = dict(dataset='digits', n_train=256, n_valid=64, model='test_local_vmamba', model_options={}, threads=1,
+                 epochs=40, recipe_options=dict(batch_size=16, warmup_epochs=0.))
+    options = dict(device='cpu', tiny=True, folder='trial', parts=['tests', 'training', 'checkpoint'],
+                   training_args=['-y', json.dumps(small)], kill_after=60., checkpoint=str(tmp_path/'released.pth'),
+                   data_dir=str(tmp_path/'photos'))
+    python('-m', 'papermill', ROOT/'nbs/gpu.ipynb', tmp_path/'out.ipynb', '--cwd', tmp_path, '-y', json.dumps(options),
+           timeout=3000)
+    tables = {part: read_csv(tmp_path/f'results/gpu/trial/{part}.csv') for part in options['parts']}
+    said = {part: table.to_dict('records') for part, table in tables.items()}
+    assert said['tests'][0]['exit'] in (0, 5), said  # 5: none was chosen
+    assert [(row['amp'], row['exit']) for row in said['training']] == [('bf16', 0), ('fp16', 0)], said
+    histories = [read_csv(path) for path in tmp_path.glob('results/imagenet/digits/runs/*/history.csv')]
+    assert [len(history) for history in histories] == [40, 40]
+    print(said)
+    assert said['checkpoint'][0]['exit'] == 0, said
 
 
 @pytest.mark.slow

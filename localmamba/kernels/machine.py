@@ -105,6 +105,7 @@ def opcode(
     "Its opcode, without a predicate."
     return re.sub(r'^@!?U?P\w+ ', '', text).split()[0]
 
+@lru_cache(maxsize=None)
 def kind(
     text: str,  # an instruction as disassembled
 ) -> str:  # a key of the table, or 'integer'
