@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['scan_step', 'steps_of', 'tokens_of', 'plain_scan', 'plain_conv', 'plain_table', 'frozen', 'example_for', 'traced',
-           'plain_program', 'written_to', 'to_pt2', 'onnx_scan', 'onnx_conv', 'to_onnx', 'model_card', 'save_with_card']
+           'plain_program', 'written_to', 'to_pt2', 'onnx_scan', 'onnx_conv', 'onnx_bicubic', 'to_onnx', 'model_card',
+           'save_weights', 'save_with_card']
 
 # %% ../nbs/lib/44_export.ipynb #03c78f75
+import inspect
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -16,12 +18,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from safetensors.torch import load_file, save
 from timm.models._hub import generate_readme
 from torch._higher_order_ops.scan import scan_op
 
 from .cost import count_flops, count_parameters
-from .files import read_json, write_text
+from .files import read_json, whole_file, write_text
 from .models.bundled import card_words
+from .models.reading import CHECKSUM, checksum
 from .ssm import ScanArguments
 
 # %% ../nbs/lib/44_export.ipynb #a3a0a79b
@@ -152,6 +156,8 @@ def traced(
     "A model as a program for inputs of one size; raises `ValueError` for a model in training mode."
     if model.training: raise ValueError('model: got training mode; allowed: evaluation, model.eval()')
     shapes = ({0: torch.export.Dim('batch', min=1)} if dynamic_batch else {},)
+    first = next(iter(inspect.signature(model.forward).parameters.values()))
+    if first.kind is first.VAR_POSITIONAL: shapes = (shapes,)  # wrappers, of peft and others: forward(*args, **kwargs)
     with frozen(model): return torch.export.export(model, (example,), dynamic_shapes=shapes)
 
 
@@ -314,6 +320,22 @@ def onnx_conv(x, weight, bias, order, backend: str):
     return op.Mul(y, op.Sigmoid(y))
 
 # %% ../nbs/lib/44_export.ipynb #c2f52da5
+def _cubic(n, size, align_corners, scale):
+    "The matrix (size, n) by which a row of n numbers is resized."
+    scales, size = (scale and [scale, 1.]), (None if size is None else [size, 1])
+    columns = torch.eye(n)[None, :, :, None]
+    return torch.ops.aten.upsample_bicubic2d.vec(columns, size, align_corners, scales)[0, :, :, 0].T
+
+
+def onnx_bicubic(x, output_size, align_corners: bool, scale_factors):
+    "Bicubic resizing of (B, C, H, W) in operators of ONNX."
+    ir, _, op = _onnx()
+    axes = zip(x.shape[-2:], output_size or (None, None), scale_factors or (None, None))
+    left, right = (_cubic(int(n), size, align_corners, scale).numpy() for n, size, scale in axes)
+    matrix = lambda rows: op.Constant(value=ir.serde.serialize_tensor(ir.tensor(rows.copy())))
+    return op.MatMul(op.MatMul(matrix(left), x), matrix(right.T))
+
+# %% ../nbs/lib/44_export.ipynb #69640528
 def to_onnx(
     model: nn.Module,  # classifier, backbone, segmenter, or what else has our mixers in it; in evaluation mode, fp32
     path: str | Path,  # a file `.onnx`
@@ -331,7 +353,8 @@ def to_onnx(
     with frozen(model):
         torch.onnx.export(program, (), path, dynamo=True, optimize=False, verbose=False, external_data=False,
                           input_names=['x'], output_names=['y'] if outputs == 1 else [f'y{i}' for i in range(outputs)],
-                          custom_translation_table=dict(zip(_operators(), (onnx_scan, onnx_conv))))
+                          custom_translation_table=dict(zip(_operators(), (onnx_scan, onnx_conv))) | {
+                              torch.ops.aten.upsample_bicubic2d.vec: onnx_bicubic})
     return path
 
 # %% ../nbs/lib/44_export.ipynb #a158d730
@@ -370,6 +393,17 @@ def model_card(
     return card_words(name, details) | own | words
 
 # %% ../nbs/lib/44_export.ipynb #f6636d4c
+def save_weights(
+    weights: nn.Module | dict[str, Tensor],  # a model, or a state dict
+    path: str | Path,  # a file `.safetensors`
+) -> Path:
+    "Save weights with a checksum, which `read_checkpoint` compares; raises `ValueError` for another suffix."
+    path, state = written_to(path, '.safetensors'), weights.state_dict() if isinstance(weights, nn.Module) else weights
+    state = {name: x.detach().contiguous().clone() for name, x in state.items()}  # no two share memory
+    with whole_file(path) as file: file.write(save(state, {'format': 'pt', CHECKSUM: checksum(state)}))
+    return path
+
+
 def save_with_card(
     model: nn.Module,  # a `LocalVim` or a `LocalVMamba`
     folder: str | Path,  # for `timm.create_model('local-dir:…', pretrained=True)`
@@ -379,5 +413,6 @@ def save_with_card(
     "Save weights, arguments and a card; raises `ValueError` for a record of no finished run."
     folder, card = Path(folder), model_card(model, record, **words)
     timm.models.save_for_hf(model, folder, safe_serialization=True)
+    save_weights(load_file(folder/'model.safetensors'), folder/'model.safetensors')
     write_text(folder/'README.md', generate_readme(card, folder.name))
     return folder

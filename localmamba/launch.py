@@ -10,10 +10,9 @@ import argparse, json, os, tempfile
 from pathlib import Path
 
 import torch
-import yaml
 from fastai.torch_core import default_device
 from IPython.core.interactiveshell import InteractiveShell
-from .files import project_root
+from .files import project_root, read_yaml
 from .processes import process_group, torchrun
 from .progress import running_kernel
 from .parameters import declared, refuse_parameters
@@ -71,36 +70,25 @@ def launch_notebook(
         config.write_text(json.dumps({k: v for k, v in parameters.items() if k != 'num_processes'}), encoding='utf-8')
         torchrun(['localmamba.launch', str(project_root()/'nbs'/f'{name}.ipynb'), '-f', str(config)], processes)
 
-def _yaml(text, most=100_000):
-    "What YAML says; raises `ValueError` for what is none, and for aliases that unfold to more values than `most`."
-    try: found = yaml.safe_load(text)
-    except RecursionError as e: raise ValueError('nested too deeply') from e
-    except yaml.YAMLError as e: raise ValueError(str(e).splitlines()[0]) from e
-    rest, seen = [found], 0
-    while rest:
-        part, seen = rest.pop(), seen + 1
-        if seen > most: raise ValueError(f'got more than {most:,} values')
-        if isinstance(part, (dict, list, set, tuple)): rest += part.values() if isinstance(part, dict) else part
-    return found
-
 def read_parameters(
     file='',  # YAML or JSON; '': none
     pairs=(),  # (name, value as YAML) each, which take the place of the file's
 ) -> dict:
     "Parameters as a command line gives them; raises `ValueError` for a file that holds something else."
-    told = {}
+    told, given = {}, {}
     if file:
-        try: told = _yaml(Path(file).read_text(encoding='utf-8')) or {}
+        try: told = read_yaml(Path(file).read_text(encoding='utf-8')) or {}
         except (OSError, ValueError) as e:
             raise ValueError(f'file: got {file} ({e}); allowed: lines of `name: value`') from e
         if not isinstance(told, dict):
             raise ValueError(f'file: got {file}, which holds a {type(told).__name__}; allowed: lines of `name: value`')
     for name, value in pairs:
-        try: told[name] = _yaml(value) if value else ''
+        if name in given: raise ValueError(f'parameter {name!r}: got two values; allowed: one')
+        try: given[name] = read_yaml(value) if value else ''
         except ValueError as e:
             raise ValueError(f'parameter {name!r}: got {value[:60]!r} ({e}); allowed: YAML, such as 3, 1.0e-3, true, '
                              "[a, b], text, or '\"text\"' where it has signs of YAML in it") from e
-    return told
+    return told | given
 
 def main(
     arguments=None,  # list of words; None: the command line

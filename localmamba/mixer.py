@@ -10,6 +10,7 @@ __all__ = ['FACTS', 'SCATTN_PLACES', 'MERGES', 'pack', 'unpack', 'Described', 'f
 # %% ../nbs/lib/11_mixer.ipynb #536bfb7e
 import json
 import math
+from collections.abc import Iterator, Set
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,8 @@ def check_directions(
     if isinstance(directions, str):
         parse_direction(directions)
         raise ValueError(f'directions: got the string {directions!r}; allowed: a sequence of names, ({directions!r},)')
+    if isinstance(directions, Set): # weights belong to directions in their order
+        raise ValueError(f'directions: got {directions!r}, which has no order; allowed: a sequence of names')
     directions = tuple(directions)
     if not directions: raise ValueError('directions: got none; allowed: one or more')
     for direction in directions: parse_direction(direction)
@@ -120,6 +123,7 @@ def layer_directions(
 ) -> list[tuple[str, ...]]:  # one tuple a layer
     "The directions of each layer; raises `ValueError` if there are not `depth` of them or one is unknown."
     if isinstance(directions, str) and directions == 'search': directions = candidates
+    if isinstance(directions, Iterator): directions = list(directions)
     if not hasattr(directions, '__len__'):
         raise ValueError(f"directions: got {directions!r}; allowed: a tuple of names, one such a layer, or 'search'")
     one_for_all = isinstance(directions, str) or any(isinstance(d, str) for d in directions)

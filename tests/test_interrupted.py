@@ -374,6 +374,30 @@ def test_json_that_python_alone_would_read_is_named(tmp_path, name, content, wor
     run.release()
 
 
+@pytest.mark.parametrize('damage', [Path.unlink, lambda path: path.write_text(''), lambda path: path.write_text('x'),
+                                    lambda path: path.write_text('epoch,loss\n0,9.0\n'),
+                                    lambda path: path.write_text('epoch,loss\n1,9.0\n1,9.0\n')])
+def test_every_checkpoint_brings_its_history_along(tmp_path, damage):
+    run = run_in(tmp_path).start()
+    for epoch in range(3):
+        run.log({'epoch': epoch, 'loss': 0.1 * epoch, 'word': 'a, b', 'none': None})
+        if epoch < 2: run.save_checkpoint({'epoch': epoch + 1})
+    damage(run.dir/'history.csv')
+    assert run.load_checkpoint() == {'epoch': 2}
+    assert run.history.loss.tolist() == [0., 0.1] and run.history.word.tolist() == ['a, b'] * 2
+    run.release()
+
+
+def test_a_history_deleted_under_an_older_checkpoint_is_missed(tmp_path):
+    run = run_in(tmp_path).start()
+    torch.save({'epoch': 2}, run.checkpoint_path)  # as they were written before they held the history
+    with pytest.raises(ValueError, match=r'history.csv: got rows of the epochs \[\]; allowed: all of the 2'):
+        run.load_checkpoint()
+    run.save_checkpoint({'epoch': 2})  # of somebody who logs nothing
+    assert run.load_checkpoint() == {'epoch': 2} and not (run.dir/'history.csv').exists()
+    run.release()
+
+
 @pytest.mark.parametrize('rows', ['x,1\ny,2\n', ',\n,\n', '0.5,1\n1,2\n', '0,1\n', '0,' + 'x' * 140_000 + '\n'])
 def test_histories_of_something_else_are_named(tmp_path, rows):
     run = run_in(tmp_path).start()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from localmamba.files import read_yaml
 from localmamba.launch import main, read_parameters, run_cells
 from localmamba.recipes import DETECTION, RECIPES, SEGMENTATION, recipe
 from test_detect import TINY as COCO
@@ -236,3 +237,27 @@ def test_a_file_that_unfolds_to_more_than_memory_holds(tmp_path):
     (tmp_path/'x.yaml').write_text('\n'.join(lines))
     with pytest.raises(ValueError, match='x.yaml .got more than 100,000 values.; allowed'):
         read_parameters(tmp_path/'x.yaml')
+
+
+@pytest.mark.parametrize('text, key', [
+    ('seed: 1\nlr: 2\nseed: 3', 'seed'), ('recipe:\n  lr: 1\n  lr: 1', 'lr'), ('[{a: 1, b: 2, "a": 3}]', 'a'),
+    ('{"seed": 1, "seed": 1}', 'seed'), ('1: a\n0x1: b', '0x1'), ('yes: 1\ntrue: 2', 'true'),
+    ('a: &k x\n? *k\n: 1\n? *k\n: 2', 'x')])
+def test_a_key_given_twice_is_named(tmp_path, text, key):
+    with pytest.raises(ValueError, match=f"'{key}' is given twice, in lines"): read_yaml(text)
+    (tmp_path/'x.yaml').write_text(text)
+    with pytest.raises(ValueError, match=f"x.yaml .'{key}' is given twice"): read_parameters(tmp_path/'x.yaml')
+    with pytest.raises(ValueError, match="parameter 'rows': .* is given twice"): read_parameters('', [('rows', text)])
+
+
+def test_a_parameter_given_twice_is_named_and_one_of_the_file_is_replaced(tmp_path):
+    (tmp_path/'x.yaml').write_text('seed: 1\nlr: 2')
+    assert read_parameters(tmp_path/'x.yaml', [('seed', '3')]) == {'seed': 3, 'lr': 2}
+    with pytest.raises(ValueError, match="parameter 'seed': got two values"):
+        read_parameters(tmp_path/'x.yaml', [('seed', '3'), ('seed', '3')])
+
+
+def test_committed_configurations_give_each_key_once():
+    files = list((ROOT/'nbs/configs').rglob('*.yaml'))
+    assert len(files) > 20
+    for path in files: read_yaml(path.read_text(encoding='utf-8'))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -319,6 +320,20 @@ def test_saved_for_the_hub(name, kwargs, tmp_path):
     args = json.loads((tmp_path/'config.json').read_text())['model_args']
     assert {'directions', 'scattn', 'scattn_at', 'merge', 'padding'} <= args.keys()
     assert again.directions == model.directions
+
+
+@pytest.mark.parametrize('make', [iter, dict.fromkeys, np.array, lambda names: (n for n in names)])
+def test_directions_of_any_kind_are_listed(name, make, tmp_path):
+    two = dict(depths=(1, 1)) if name == 'test_local_vmamba' else dict(depth=2)
+    for given in (make(['h', 'v']), [make(['h', 'v']), make(['w2', 'v'])], iter([('h', 'v'), ('w2', 'h')])):
+        model = timm.create_model(name, directions=given, candidates=make(['h', 'w3']), **two)
+        assert len(model.directions) == 2 and {len(layer) for layer in model.directions} == {2}
+        timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+        args = json.loads((tmp_path/'config.json').read_text())['model_args']
+        assert args['directions'] == [list(layer) for layer in model.directions] and args['candidates'] == ['h', 'w3']
+    searched = timm.create_model(name, directions='search', candidates=make(['h', 'w3']), **two)
+    assert searched.directions == [('h', 'w3')] * 2
+    with pytest.raises(ValueError, match='which has no order'): timm.create_model(name, directions={'h', 'v'}, **two)
 
 
 def test_img_size_is_accepted():

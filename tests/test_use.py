@@ -11,11 +11,13 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrize import register_parametrization
+from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 import localmamba  # noqa: F401  registers the models
-from localmamba.export import model_card, to_onnx, to_pt2
+from localmamba.export import model_card, to_onnx, to_pt2, traced
 from localmamba.mixer import SS2D, VimMixer
 
 NAMES = 'test_local_vim', 'test_local_vmamba'
@@ -95,6 +97,34 @@ def test_onnx_of_a_full_model(name, tmp_path):
     print(f'{name}: exported in {export:.0f} s, {(tmp_path/"model.onnx").stat().st_size / 1e6:.0f} MB, '
           f'{theirs / ours:.1f} times our time ({ours:.2f} s)')
     assert export <= 60 and theirs <= 4 * ours
+
+
+def onnx_equals(model, path, *batches):
+    "One export; onnxruntime's outputs are the model's for each batch, of one size."
+    onnxruntime = pytest.importorskip('onnxruntime')
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    path = to_onnx(model.eval(), path, img_size=tuple(batches[0].shape[2:]))
+    session = onnxruntime.InferenceSession(path, options)
+    for images in batches:
+        with torch.no_grad(): expected = model(images)
+        assert_close(torch.from_numpy(session.run(None, {'x': images.numpy()})[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_onnx_of_the_releases_rotation_for_smaller_images(tmp_path):
+    model = timm.create_model('test_local_vim', depth=1, resize='release').eval()
+    onnx_equals(model, tmp_path/'model.onnx', torch.randn(1, 3, 16, 24), torch.randn(3, 3, 16, 24))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('size', [(64, 64), (24, 40), (33, 47), (16, 72)])
+@pytest.mark.parametrize('name, options', [
+    ('test_local_vim', {}), ('test_local_vim', dict(resize='release', readout='mid_cls')), ('test_local_vmamba', {}),
+    ('test_local_vmamba', dict(directions=('h_flip', 'w2', 'w7', 'v'), padding='ragged', merge='mean'))])
+def test_onnx_at_other_sizes(name, options, size, tmp_path):
+    model = timm.create_model(name, **options)
+    onnx_equals(model, tmp_path/'model.onnx', *(torch.randn(n, 3, *size) for n in (2, 1, 5)))
 
 
 def test_an_encoder_of_segmentation_models_pytorch():
@@ -242,6 +272,40 @@ def test_adapters_learn(adapter):
     net(torch.randn(2, 3, 16, 16)).square().sum().backward()
     silent = [n for n, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
     assert trained and not silent
+
+
+def adapted(model, **targets):
+    peft = pytest.importorskip('peft')
+    net = peft.get_peft_model(model, peft.LoraConfig(r=2, **targets))
+    for name, p in net.named_parameters():
+        if 'lora_' in name: nn.init.normal_(p)
+    return net, net.merge_and_unload
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('kind', ['layers', 'parameters', 'pruned'])
+def test_onnx_of_an_adapted_and_of_a_pruned_model(name, kind, tmp_path):
+    model, images = small(name), torch.randn(2, 3, 16, 16)
+    before = model(images).detach()
+    if kind == 'layers': net, settle = adapted(model, target_modules=LAYERS)
+    elif kind == 'parameters': net, settle = adapted(model, target_parameters=['mixer.x_proj', 'mixer.dt_proj'])
+    else:
+        net, layers = model, [m for m in model.modules() if isinstance(m, nn.Linear)]
+        for layer in layers: prune.l1_unstructured(layer, 'weight', amount=0.3)
+        def settle():
+            for layer in layers: prune.remove(layer, 'weight')
+            return model
+    assert (net.eval()(images) - before).abs().max() > 2e-3
+    onnx_equals(net, tmp_path/'model.onnx', images, torch.randn(3, 3, 16, 16))
+    onnx_equals(settle(), tmp_path/'settled.onnx', images)
+
+
+def test_a_wrapper_that_takes_any_arguments_is_traced():
+    model = small('test_local_vim')
+    program = traced(AveragedModel(model).eval(), torch.randn(2, 3, 16, 16)).module()
+    for images in (torch.randn(1, 3, 16, 16), torch.randn(3, 3, 16, 16)):
+        with torch.no_grad(): assert_close(program(images), model(images))
 
 
 # a card

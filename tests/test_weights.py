@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import localmamba  # noqa: F401  registers the models
+from localmamba.export import save_weights
+from localmamba.models.reading import absurd_in, checksum
 from localmamba.models.weights import load_released, load_weights, read_checkpoint, to_released
 
 NAMES = ['test_local_vim', 'test_local_vmamba']
@@ -235,6 +238,63 @@ def test_dictionaries_in_themselves_and_ever_deeper():
 
 
 def test_safetensors_by_their_content(tmp_path):
-    from safetensors.torch import save_file
     save_file({'a': torch.ones(3)}, tmp_path/'a.pth')
     assert read_checkpoint(tmp_path/'a.pth')['a'].tolist() == [1, 1, 1]
+
+
+SAVERS = {'legacy': lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
+          'safetensors': save_file}
+
+@pytest.mark.parametrize('kind', SAVERS)
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf'), 3e10, -3e38])
+def test_numbers_that_no_training_leaves_are_damage_where_no_checksum_is(tmp_path, kind, value):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        state = {'a': torch.randn(9), 'b': torch.zeros(0), 'n': torch.tensor(2**62), 'w': torch.randn(3, 4).to(dtype)}
+        SAVERS[kind](state, tmp_path/'a.pt')
+        assert torch.equal(read_checkpoint(tmp_path/'a.pt')['w'], state['w'])
+        state['w'][1, 2] = value
+        SAVERS[kind](state, tmp_path/'a.pt')
+        with pytest.raises(ValueError, match=r'a.pt, which is damaged \(values that no training leaves: w '):
+            read_checkpoint(tmp_path/'a.pt')
+
+
+def test_a_file_with_checksums_that_holds_nan_was_written_so(tmp_path, caplog):
+    torch.save({'w': torch.tensor([1., float('nan')])}, tmp_path/'a.pt')
+    assert read_checkpoint(tmp_path/'a.pt')['w'].isnan().tolist() == [False, True]
+    assert 'as it was written, with values that no training leaves: w nan' in caplog.text
+
+
+def test_one_changed_bit_of_our_own_files_is_seen(tmp_path):
+    model = timm.create_model('test_local_vim', depth=1)
+    path, rng = save_weights(model, tmp_path/'a.safetensors'), np.random.default_rng(0)
+    whole = path.read_bytes()
+    assert same(load_weights(timm.create_model('test_local_vim', depth=1), path), model)
+    header = 8 + int.from_bytes(whole[:8], 'little')
+    for at in [*rng.integers(header, len(whole), 40), *rng.integers(0, 8, 3)]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.integers(8)]) + whole[at + 1:])
+        with pytest.raises(ValueError, match='a.safetensors, which is damaged'): read_checkpoint(path)
+    for old, new in ((b'"F32"', b'"I32"'), (b'"a.', b'"b.'), (b'pos_embed', b'pos_embee')):
+        path.write_bytes(whole.replace(old, new, 1))
+        if path.read_bytes() == whole: continue
+        with pytest.raises(ValueError, match='a.safetensors, which is damaged'): read_checkpoint(path)
+
+
+def test_a_damaged_folder_is_refused_on_timms_way(tmp_path):
+    model = timm.create_model('test_local_vim', depth=1)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    save_weights(model, tmp_path/'model.safetensors')
+    assert same(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), model)
+    path = tmp_path/'model.safetensors'
+    whole = bytearray(path.read_bytes())
+    whole[-5] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match='model.safetensors, which is damaged .its tensors are not those'):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+
+
+@pytest.mark.parametrize('dtype', [torch.bool, torch.int8, torch.float16, torch.bfloat16, torch.complex64,
+                                   torch.float8_e4m3fn])
+def test_a_checksum_of_any_kind_of_number(dtype):
+    a, b = ({'x': torch.tensor([[1, 0], [n, 1]]).to(dtype).t(), 'none': torch.zeros(0).to(dtype)} for n in (0, 1))
+    assert checksum(a) == checksum({name: x.clone() for name, x in a.items()}) != checksum(b)
+    assert not absurd_in(a)

@@ -186,7 +186,11 @@ def note_arguments(self: VisionModel,
     **arguments,  # what the model was made with, but for image, classifier and drop rates, which timm notes
 ):
     "What timm puts into `model_args`."
-    self._model_args = arguments
+    self._noted = arguments
+
+def _model_args(self): # lists for what was given as iterators, say
+    return getattr(self, '_given', {}) | getattr(self, '_noted', {})
+VisionModel._model_args = property(_model_args, lambda self, given: setattr(self, '_given', dict(given)))
 
 # %% ../../nbs/lib/12_models.ipynb #e15145bd
 @patch

@@ -18,8 +18,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..mixer import (FACTS, Described, VimMixer, check_choice, check_sizes, fixed_size, layer_directions, pack,
-                              unpack, without_facts)
+from ..mixer import (FACTS, Described, VimMixer, check_choice, check_directions, check_sizes, fixed_size,
+                              layer_directions, pack, unpack, without_facts)
 from .bundled import bundled_cfgs, bundled_options
 from .common import (RELEASED_URL, SMALL_IMAGES, VisionModel, cached_rope_tables, check_image,
                                       check_rate, check_stack, expand_directions, linear_rates, model_cfg,
@@ -104,6 +104,7 @@ class LocalVim(Described, VisionModel):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = int(readout != 'mean')
         self.rope, self.rope_pretrained_grid, self.drop_rate = rope, rope_pretrained_grid, drop_rate
+        candidates, search = check_directions(candidates), isinstance(directions, str) and directions == 'search'
         self.directions = layer_directions(directions, depth, candidates)
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, output_fmt='NHWC', flatten=False,
                                       strict_img_size=False, dynamic_img_pad=True)
@@ -114,7 +115,7 @@ class LocalVim(Described, VisionModel):
         self.pos_embed = start(abs_pos_embed, self.patch_embed.num_patches + self.num_prefix_tokens)
         mixer = dict(d_state=d_state, scattn=scattn, scattn_at=scattn_at, merge=merge, padding=padding, d_conv=d_conv,
                      expand=expand, flip_cls=readout == 'head_cls' if flip_cls is None else flip_cls)
-        blocks, search = zip(self.directions, linear_rates(drop_path_rate, depth)), directions == 'search'
+        blocks = zip(self.directions, linear_rates(drop_path_rate, depth))
         self.layers = nn.ModuleList(Block(embed_dim, r, directions=d, search=search, **mixer) for d, r in blocks)
         self.norm_f = RMSNorm(embed_dim, eps=1e-5)
         self.feature_info = [dict(module=f'layers.{i}', num_chs=embed_dim, reduction=patch_size) for i in range(depth)]
@@ -123,7 +124,7 @@ class LocalVim(Described, VisionModel):
         self.register_load_state_dict_pre_hook(accept_released)
         self.note_arguments(
             patch_size=patch_size, embed_dim=embed_dim, depth=depth, directions='search' if search else self.directions,
-            candidates=tuple(candidates), readout=readout, rope=rope, abs_pos_embed=abs_pos_embed, resize=resize,
+            candidates=candidates, readout=readout, rope=rope, abs_pos_embed=abs_pos_embed, resize=resize,
             rope_pretrained_grid=rope_pretrained_grid, **mixer)
 
 # %% ../../nbs/lib/14_localvim.ipynb #000a8d53

@@ -18,7 +18,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..mixer import SS2D, check_choice, check_sizes, fixed_size, layer_directions, without_facts
+from ..mixer import (SS2D, check_choice, check_directions, check_sizes, fixed_size, layer_directions,
+                              without_facts)
 from .bundled import bundled_cfgs, bundled_options
 from .common import (RELEASED_URL, SMALL_IMAGES, VisionModel, check_image, check_rate,
                                       expand_directions, linear_rates, model_cfg, run_block)
@@ -144,11 +145,12 @@ class LocalVMamba(VisionModel):
         check_rate(drop_path_rate=drop_path_rate, drop_rate=drop_rate)
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.num_features = self.head_hidden_size = dims[-1]
+        candidates, search = check_directions(candidates), isinstance(directions, str) and directions == 'search'
         self.directions = layer_directions(directions, sum(depths), candidates)
         sizes = (img_size,) if isinstance(img_size, int) else img_size or ()
         check_sizes(**{f'img_size[{i}]': side for i, side in enumerate(sizes)})
         mixer = dict(d_state=d_state, scattn=scattn, scattn_at=scattn_at, padding=padding, merge=merge, expand=expand,
-                     d_conv=d_conv, search=directions == 'search')
+                     d_conv=d_conv, search=search)
         layers = iter(zip(self.directions, linear_rates(drop_path_rate, sum(depths))))
         self.patch_embed = Stem(in_chans, dims[0], patch_size)
         self.layers = nn.ModuleList()
@@ -160,10 +162,9 @@ class LocalVMamba(VisionModel):
         for stage in self.layers[:-1]: trunc_normal_(stage.downsample.reduction.weight, std=0.02)
         self.reset_classifier(num_classes)
         self.register_load_state_dict_pre_hook(accept_released)
-        listed = 'search' if directions == 'search' else self.directions
         self.note_arguments(
             dims=tuple(dims), depths=tuple(depths), d_state=d_state, scattn=scattn, scattn_at=scattn_at,
-            padding=padding, directions=listed, candidates=tuple(candidates),
+            padding=padding, directions='search' if search else self.directions, candidates=candidates,
             merge=merge, patch_size=patch_size, expand=expand, d_conv=d_conv)
 
 # %% ../../nbs/lib/15_localvmamba.ipynb #0be7766f
