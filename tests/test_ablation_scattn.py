@@ -69,7 +69,7 @@ def test_the_recorded_counts_are_ours(model, name, scattn):
 
 
 def test_transfer(project, monkeypatch):
-    "A backbone starts from its classifier's weights, another from scratch; records name the classifier; again: no training."
+    "A backbone starts from its classifier's weights, another from scratch; records name the classifier."
     toy = dict(n_train=8, n_valid=2, iterations=2, batch_size=2, classes_images=32, classes_epochs=1, rows=['VMamba'])
     text, space = execute('transfer', monkeypatch, **toy)
     table = pd.read_csv(project/'transfer/scenes/table.csv')
