@@ -26,8 +26,9 @@ class Job:
 PLAN = [Job('ablation_scan', 'miniature', 6, 5), Job('ablation_scan', 'miniature_maps', 8, 5, 1),
         Job('ablation_scan', 'miniature_more', 6, 6, 2), Job('families', 'miniature', 8, 6, 3),
         Job('ablation_search', 'miniature', 6, 8, 4), Job('ablation_scattn', 'miniature', 8, 6, 4),
-        Job('receptive_fields', 'miniature', 5, 5, 4)]
-QUICK = dict(record='quick', n_train=256, n_valid=128, epochs=1, search_epochs=1, seeds=[0])
+        Job('receptive_fields', 'miniature', 5, 5, 4), Job('transfer', 'miniature', 8, 4, 5)]
+QUICK = dict(record='quick', n_train=256, n_valid=128, epochs=1, search_epochs=1, seeds=[0], families='quick',
+             iterations=8)
 
 def settings(
     job: Job,
@@ -37,7 +38,7 @@ def settings(
     "What a job's notebook is given."
     path = Path(root or project_root())/'nbs/configs'/job.experiment/f'{job.config}.yaml'
     given = yaml.safe_load(path.read_text(encoding='utf-8'))
-    if quick: given |= {k: v for k, v in QUICK.items() if k != 'search_epochs' or k in given}
+    if quick: given |= {k: v for k, v in QUICK.items() if k in given}
     return given
 
 # %% ../nbs/lib/43b_miniature.ipynb #6628e05f
@@ -51,7 +52,8 @@ def seconds_of(
     folder, found = Path(root or project_root())/'results'/job.experiment/given['record']/'runs', []
     for path in folder.glob('*/metrics.json'):
         params, metrics = read_json(path.with_name('params.json')) or {}, read_json(path) or {}
-        named = params.get('row') in given.get('rows', [params.get('row')])
+        row = str(params.get('row')).removesuffix(', from scratch')  # a second start of the same row
+        named = row in given.get('rows', [row])
         mine = named and params.get('seed') == seed and all(params[k] == v for k, v in given.items() if k in params
                                                             and k != 'epochs')
         if mine: found.append(metrics.get('seconds', 0.))

@@ -91,11 +91,14 @@ def model_facts(
 def one_by_one(
     train_one,  # a function of the arguments of a training; it gives the finished `Run`
     asked,  # these arguments: a tuple a training
+    value: str = 'top1',  # what is said of them: a percentage among their metrics
+    name: str = 'top-1',  # its name
 ) -> list:  # of `Run`s
     "All trainings of an experiment, in one line of its notebook."
     with one_place() as line: runs = [train_one(*arguments) for arguments in asked]
-    top1 = [run.metrics['top1'] for run in runs]
-    line.update(f'{len(runs)} training{"s" * (len(runs) != 1)} · top-1 {min(top1):.1f} to {max(top1):.1f} %', last=True)
+    reached = [run.metrics[value] for run in runs]
+    if runs: line.update(f'{len(runs)} training{"s" * (len(runs) != 1)} · {name} {min(reached):.1f} to '
+                         f'{max(reached):.1f} %', last=True)
     return runs
 
 # %% ../nbs/lib/43_study.ipynb #42c58885

@@ -66,3 +66,24 @@ def test_the_recorded_counts_are_ours(model, name, scattn):
     recorded = counts.loc[(name, scattn)]
     assert recorded.params_m == count_parameters(net) / 1e6
     assert recorded.flops_g_nine == count_flops(net, 224, 'nine') / 1e9
+
+
+def test_transfer(project, monkeypatch):
+    "A backbone starts from its classifier's weights, another from scratch; records name the classifier."
+    toy = dict(n_train=8, n_valid=2, iterations=2, batch_size=2, classes_images=32, classes_epochs=1, rows=['VMamba'])
+    text, space = execute('transfer', monkeypatch, **toy)
+    table = pd.read_csv(project/'transfer/scenes/table.csv')
+    assert table.row.tolist() == ['VMamba', 'VMamba, from scratch']
+    assert {'AP_box_mean', 'AP_mask_mean', 'miou_mean'} <= set(table)
+    params = {run.params['row']: run.params['weights'] for run in space['segmented']}
+    assert params['VMamba, from scratch'] == '' and (project/'transfer/scenes/runs'/params['VMamba']).is_dir()
+    held = torch.load(space['WEIGHTS']['VMamba', 0])['model']
+    net = space['detector'](*space['scan_options']('VMamba', 28, 4)[:1], 10, space['WEIGHTS']['VMamba', 0],
+                            space['scan_options']('VMamba', 28, 4)[1])
+    own = {k.removeprefix('backbone.model.'): v for k, v in net.state_dict().items()}
+    shared = [k for k in held if k in own]
+    assert len(shared) > 40 and all(torch.equal(held[k], own[k]) for k in shared)
+    times = [p.stat().st_mtime_ns for p in sorted((project/'transfer/scenes/runs').glob('*/metrics.json'))]
+    with pytest.raises(ValueError, match="families: got 'none', which has no record of VMamba seed 0"):
+        execute('transfer', monkeypatch, **toy, families='none')
+    assert times == [p.stat().st_mtime_ns for p in sorted((project/'transfer/scenes/runs').glob('*/metrics.json'))]

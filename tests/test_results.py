@@ -45,11 +45,11 @@ def records(tmp_path):
 def test_the_readme_is_made_from_the_records(records, monkeypatch):
     pictures = [path for path in (records/'results').rglob('*.png')]
     before = {path: np.asarray(Image.open(path).convert('RGB'), int) for path in pictures}
-    block = '<!-- results/claims.csv -->\n'
+    block = '<!-- results/miniature/claims.csv -->\n'
     readme = (records/'README.md').read_text()
     (records/'README.md').write_text(readme.replace(block, f'{block}| an old table |\n'))
     text, space = execute('results', monkeypatch, root=str(records))
-    assert space['changed'] == ['results/claims.csv'] and space['there'] == space['names']
+    assert space['changed'] == ['results/miniature/claims.csv'] and space['there'] == space['names']
     assert (records/'README.md').read_text() == readme
     for path, picture in before.items():
         after = np.asarray(Image.open(path).convert('RGB'), int)

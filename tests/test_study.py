@@ -128,7 +128,8 @@ def test_the_plan_is_what_the_configurations_say():
     for job in PLAN:
         given = settings(job)
         assert given['record'] == 'miniature' and (ROOT/f'nbs/{job.experiment}.ipynb').exists()
-        if 'rows' in given: assert job.runs == len(given['rows']) * (2 if job.experiment == 'ablation_scattn' else 1)
+        times = {'ablation_scattn': 2, 'transfer': 4}.get(job.experiment, 1)  # models; starts and tasks
+        if 'rows' in given: assert job.runs == len(given['rows']) * times
     lines = forecast(root=ROOT)
     order = [(line['job'].wave, line['seed']) for line in lines]
     assert order == sorted(order), 'seeds are the outer loop of a wave'

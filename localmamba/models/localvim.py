@@ -122,10 +122,9 @@ class LocalVim(Described, VisionModel):
         self.reset_classifier(num_classes)
         self.init_weights()
         self.register_load_state_dict_pre_hook(accept_released)
-        self.note_arguments(
-            patch_size=patch_size, embed_dim=embed_dim, depth=depth, directions='search' if search else self.directions,
-            candidates=candidates, readout=readout, rope=rope, abs_pos_embed=abs_pos_embed, resize=resize,
-            rope_pretrained_grid=rope_pretrained_grid, **mixer)
+        self.note_arguments(patch_size=patch_size, embed_dim=embed_dim, depth=depth, candidates=candidates, rope=rope,
+                            directions='search' if search else self.directions, readout=readout, resize=resize,
+                            abs_pos_embed=abs_pos_embed, rope_pretrained_grid=rope_pretrained_grid, **mixer)
 
 # %% ../../nbs/lib/14_localvim.ipynb #000a8d53
 @patch
