@@ -126,7 +126,9 @@ def read_yaml(
     "What YAML says; raises `ValueError` for what is none, for a key given twice, for more values than `most`."
     try: found = yaml.load(text, _OnceLoader)
     except RecursionError as e: raise ValueError('nested too deeply') from e
-    except yaml.YAMLError as e: raise ValueError(str(e).splitlines()[0]) from e
+    except yaml.YAMLError as e:
+        mark = getattr(e, 'problem_mark', None)
+        raise ValueError(str(e).splitlines()[0] + (f', line {mark.line + 1}' if mark else '')) from e
     rest, seen = [found], 0
     while rest:
         part, seen = rest.pop(), seen + 1

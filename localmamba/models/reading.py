@@ -177,7 +177,8 @@ def absurd_in(
         worst = max(map(abs, map(float, x.detach().float().aminmax())), key=lambda v: (v != v, v))
         if not worst <= LARGEST: odd[name] = f'{name} {worst:.3g}'
     if not odd: return ''
-    return 'values that no training leaves: ' + ', '.join(list(odd.values())[:3]) + (', …' if len(odd) > 3 else '')
+    named = ', '.join(list(odd.values())[:3]) + (', …' if len(odd) > 3 else '')
+    return f'values that only damage or a diverged training leaves: {named}'
 
 def _tensors_in(path):
     "What is in a file of safetensors; raises `ValueError` for one that is damaged as far as can be seen."
