@@ -245,12 +245,15 @@ def test_released_weights_arrive_and_other_checkpoints_are_refused(tmp_path):
         load_detector(detector('test_local_vmamba', **SMALL | dict(num_classes=9)), tmp_path/'a.pt')
     load_detector(net, tmp_path/'a.pt')
 
-def test_images_of_any_number_of_channels():
-    net = detector('test_local_vmamba', backbone=dict(in_chans=4), **SMALL).eval()
-    image = np.random.default_rng(0).integers(0, 256, (40, 50, 4)).astype(np.uint8)
-    assert predict(net, image, (64, 48))['masks'].shape[1:] == (40, 50)
-    with pytest.raises(ValueError, match=r'image: got shape \(40, 50, 3\); allowed: \(H, W, 4\)'):
-        predict(net, image[..., :3])
+@pytest.mark.parametrize('name, channels', [('test_local_vmamba', 1), ('test_local_vmamba', 4), ('test_local_vim', 13)])
+def test_images_of_any_number_of_channels(name, channels):
+    net = detector(name, backbone=dict(in_chans=channels), **SMALL).eval()
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, channels)).astype(np.uint8)
+    found = predict(net, image, (64, 48))
+    assert found['masks'].shape[1:] == (40, 50)
+    if channels == 1: np.testing.assert_equal(predict(net, image[..., 0], (64, 48)), found)
+    with pytest.raises(ValueError, match=rf'image: got shape .*; allowed: \(H, W, {channels}\)'):
+        predict(net, image.repeat(2, 2))
 
 
 def test_what_is_found_comes_back_to_the_size_of_the_image():

@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
 from localmamba import gpu_check
+from localmamba.files import read_csv
 from localmamba.kernels import gpu, gpu_gate, gpu_scan
 from localmamba.kernels.paper import Shape
+from localmamba.models.weights import to_released
 from localmamba.scattn import SCAttn
 from localmamba.ssm import backends, directional_conv, directional_conv_ref, directional_scan, directional_scan_ref
 from test_ssm import LAYOUTS, MAMBA_TOLERANCE, contiguous, make, make_order
@@ -25,10 +29,10 @@ runs = pytest.mark.skipif(gpu.reason() is not None, reason=str(gpu.reason()))
 cuda = lambda test: pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')(test))
 
 
-def python(*args, **env):
+def python(*args, timeout=600, **env):
     "Output of a new process, in which the interpreter is on only if asked for."
     env = {**{k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}, 'PYTHONPATH': str(ROOT), **env}
-    done = subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    done = subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -286,7 +290,7 @@ def test_make_gpu(tmp_path, options):
     (tmp_path/'results').unlink()
     shutil.copytree(ROOT/'results/gpu', tmp_path/'results/gpu')
     (tmp_path/'settings.ini').touch()
-    python('-m', 'papermill', ROOT/'nbs/gpu.ipynb', tmp_path/'out.ipynb', '--cwd', tmp_path, *options)
+    python('-m', 'papermill', ROOT/'nbs/gpu.ipynb', tmp_path/'out.ipynb', '--cwd', tmp_path, *options, timeout=3000)
     said = (tmp_path/'out.ipynb').read_text()
     if not options: assert 'Nothing was measured: there is no GPU here.' in said
     else:
@@ -295,16 +299,47 @@ def test_make_gpu(tmp_path, options):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_the_trainings_of_make_gpu_on_the_cpu(tmp_path):
+    "The parts that start other notebooks: the cuda tests (none here), a training killed and resumed, a checkpoint."
+    for name in ('tests', 'nbs', 'pyproject.toml'): (tmp_path/name).symlink_to(ROOT/name)
+    (tmp_path/'settings.ini').touch()
+    for part in ('train', 'val'):
+        for label in ('cats', 'dogs'):
+            (tmp_path/'photos'/part/label).mkdir(parents=True)
+            for i in range(2):
+                Image.effect_noise((64, 48), 80).convert('RGB').save(tmp_path/f'photos/{part}/{label}/{i}.jpg')
+    model = timm.create_model('local_vim_tiny', num_classes=2)
+    torch.save({'model': to_released(model)}, tmp_path/'released.pth')
+    small = dict(dataset='digits', n_train=256, n_valid=64, model='test_local_vmamba', model_options={}, threads=1,
+                 epochs=40, recipe_options=dict(batch_size=16, warmup_epochs=0.))
+    options = dict(device='cpu', tiny=True, folder='trial', parts=['tests', 'training', 'checkpoint'],
+                   training_args=['-y', json.dumps(small)], kill_after=60., checkpoint=str(tmp_path/'released.pth'),
+                   data_dir=str(tmp_path/'photos'))
+    python('-m', 'papermill', ROOT/'nbs/gpu.ipynb', tmp_path/'out.ipynb', '--cwd', tmp_path, '-y', json.dumps(options),
+           timeout=3000)
+    tables = {part: read_csv(tmp_path/f'results/gpu/trial/{part}.csv') for part in options['parts']}
+    said = {part: table.to_dict('records') for part, table in tables.items()}
+    assert said['tests'][0]['exit'] in (0, 5), said  # 5: none was chosen
+    assert [(row['amp'], row['exit']) for row in said['training']] == [('bf16', 0), ('fp16', 0)], said
+    histories = [read_csv(path) for path in tmp_path.glob('results/imagenet/digits/runs/*/history.csv')]
+    assert [len(history) for history in histories] == [40, 40]
+    print(said)
+    assert said['checkpoint'][0]['exit'] == 0, said
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(gpu.MISSING is not None, reason=str(gpu.MISSING))
 @pytest.mark.parametrize('capability', (80, 90))
 def test_compiles(tmp_path, capability):
     "The kernels of a layer, without a GPU: no atomic anywhere, few spills in one kernel and none in the others."
     if not getattr(gpu_scan.triton.knobs.nvidia.ptxas, 'path', None): pytest.skip('no ptxas in this Triton')
-    out = json.loads(python('-m', 'localmamba.kernels.paper', str(capability), TRITON_CACHE_DIR=str(tmp_path)))
+    printed = python('-m', 'localmamba.kernels.paper', str(capability), timeout=3000, TRITON_CACHE_DIR=str(tmp_path))
+    out = json.loads(printed)
     kernels = {row['kernel']: row for row in out['kernels']}
     assert len(kernels) == 8 and all(row['atomics'] == 0 for row in kernels.values())
     assert all(row['spilled'] == 0 for name, row in kernels.items() if name != 'scan_backward')
-    assert kernels['scan_backward']['spilled'] <= 320
+    assert kernels['scan_backward']['spilled'] <= 160
     assert len(out['rows']) == 10 and all(row['predicted_us'] >= .9 * row['floor_us'] for row in out['rows'])
 
 

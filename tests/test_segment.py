@@ -222,7 +222,7 @@ def test_validation_images_of_one_size_share_a_batch(mine):
 # --- judging
 
 @pytest.mark.parametrize('name', ['test_local_vim', 'test_local_vmamba', 'resnet18'])
-@pytest.mark.parametrize('channels', [1, 4])
+@pytest.mark.parametrize('channels', [1, 4, 13])
 def test_images_of_any_number_of_channels(name, channels):
     net = segmenter(name, 3, backbone=dict(in_chans=channels), channels=8, aux_channels=0).eval()
     image = np.random.default_rng(0).integers(0, 256, (40, 50, channels)).astype(np.uint8)

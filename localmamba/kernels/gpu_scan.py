@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INTERPRETED', 'DEVICES', 'CHUNK', 'BLOCK', 'SAVED_EVERY', 'LN2', 'Absent', 'reason', 'View', 'view', 'Inputs',
-           'Gradients', 'Sizes', 'place', 'read', 'by_channel', 'write', 'program', 'visited', 'saved_shape', 'block',
-           'launch', 'instead_of_launching', 'scan_forward', 'scan_backward']
+           'Gradients', 'Sizes', 'place', 'read', 'by_channel', 'write', 'program', 'owned', 'visited', 'saved_shape',
+           'block', 'launch', 'instead_of_launching', 'scan_forward', 'scan_backward']
 
 # %% ../../nbs/lib/09_scan_gpu.ipynb #2a3de450
 import math
@@ -126,6 +126,12 @@ def program(directions, channels, BLOCK: tl.constexpr):
     return (i // blocks // directions).to(tl.int64), (i // blocks % directions).to(tl.int64), i % blocks, d[None, :]
 
 @triton.jit
+def owned(values, size, FULL: tl.constexpr):
+    "Which of these are below a size; where all are known to be, the compiler leaves the masks out."
+    if FULL: return tl.full(values.shape, 1, tl.int1)
+    else: return values < size
+
+@triton.jit
 def visited(order, k, t, length):
     "Of steps t: is each one of the order; the token visited, -1 for none."
     inside = (t >= 0) & (t < length)
@@ -181,10 +187,11 @@ def _step(h, decay, written, B): return decay * h + written * B
 @triton.jit
 def _scan_forward(x, y, last, saved, sizes, SOFTPLUS: tl.constexpr, ALONG: tl.constexpr, CONST_B: tl.constexpr,
                   CONST_C: tl.constexpr,
-                  STATES: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, BLOCK: tl.constexpr):
+                  STATES: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, BLOCK: tl.constexpr,
+                  FULL: tl.constexpr):
     b, k, block, d = program(sizes.directions, sizes.channels, BLOCK)
     i, n = tl.arange(0, CHUNK)[:, None], tl.arange(0, STATES)[:, None]
-    mine, real = d < sizes.channels, n < sizes.states
+    mine, real = owned(d, sizes.channels, FULL), owned(n, sizes.states, FULL)
     rate, h = read(x.A, b, k, n, d, real & mine), tl.zeros((STATES, BLOCK), tl.float32)
     for chunk in range(tl.cdiv(sizes.length, CHUNK)):
         start = chunk * CHUNK
@@ -255,7 +262,8 @@ def _scan_args(u, delta, A, B, C, *rest, **options):
     inputs = Inputs(each(u), delta, by_state(A.float() / LN2), by_state(B), by_state(C), one_row(D), each(z),
                     one_row(delta_bias), order[None, :, :, None])
     options |= dict(CONST_B=B.dim() == 3, CONST_C=C.dim() == 3,
-                   STATES=triton.next_power_of_2(N), CHUNK=CHUNK, EVERY=SAVED_EVERY, BLOCK=block(dim))
+                   STATES=triton.next_power_of_2(N), CHUNK=CHUNK, EVERY=SAVED_EVERY, BLOCK=block(dim),
+                   FULL=dim % block(dim) == 0 and triton.next_power_of_2(N) == N)
     return Inputs(*map(view, inputs)), Sizes(K, order.shape[1], N, dim,
                                              delta.shape[2]), options, (batch * K * -(-dim // block(dim)),)
 
@@ -321,10 +329,10 @@ def _advance(x, b, k, h, rate, start, length, d, mine, n, real, SOFTPLUS: tl.con
 @triton.jit
 def _scan_backward(x, saved, dy, dlast, grads, sizes, SOFTPLUS: tl.constexpr, ALONG: tl.constexpr,
                    CONST_B: tl.constexpr, CONST_C: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
-                   EVERY: tl.constexpr, BLOCK: tl.constexpr):
+                   EVERY: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
     b, k, block, d = program(sizes.directions, sizes.channels, BLOCK)
     i, n = tl.arange(0, CHUNK)[:, None], tl.arange(0, STATES)[:, None]
-    mine, real, length = d < sizes.channels, n < sizes.states, sizes.length
+    mine, real, length = owned(d, sizes.channels, FULL), owned(n, sizes.states, FULL), sizes.length
     held, carry = real & mine, tl.zeros((STATES, BLOCK), tl.float32)
     if dlast is not None: carry += read(dlast, b, k, n, d, held)
     sum_A, sum_B, sum_C = tl.zeros_like(carry), tl.zeros_like(carry), tl.zeros_like(carry)
@@ -346,20 +354,18 @@ def _scan_backward(x, saved, dy, dlast, grads, sizes, SOFTPLUS: tl.constexpr, AL
             before = before + (h,)
             B = _state(x.B, b, k, n, row_s, here_s & real, d, held, CONST_B)
             h = _step(h, tl.exp2(_row(dt, i, s) * rate), _row(dt * u, i, s), B)
-            if x.z is not None:  # only the gate's gradient needs the output again
-                C = _state(x.C, b, k, n, row_s, here_s & real, d, held, CONST_C)
-                out = _put_row(out, i, s, tl.sum(h * C, 0))
-            sum_C = _collect(sum_C, grads.C, b, k, block * sizes.rows + row_s, n, _row(grad, i, s) * h, here_s & real,
-                             CONST_C)
         # A is read anew: the compiler would else keep every decay of the chunk in registers, more than there are
         rate = read(x.A, b, k, n, d, held)
         for s in tl.static_range(CHUNK - 1, -1, -1):
             inside_s, token_s, row_s, here_s = _rows(x.order, k, start + s, length, ALONG)
             B = _state(x.B, b, k, n, row_s, here_s & real, d, held, CONST_B)
             C = _state(x.C, b, k, n, row_s, here_s & real, d, held, CONST_C)
-            g = carry + _row(grad, i, s) * C
+            if x.z is not None: out = _put_row(out, i, s, tl.sum(h * C, 0))  # the gate's gradient alone needs it
+            sum_C = _collect(sum_C, grads.C, b, k, block * sizes.rows + row_s, n, _row(grad, i, s) * h,
+                             here_s & real, CONST_C)
+            h, g = before[s], carry + _row(grad, i, s) * C
             carry = g * tl.exp2(_row(dt, i, s) * rate)
-            kept = carry * before[s]
+            kept = carry * h
             sum_A += kept * _row(dt, i, s)
             sum_gB = _put_row(sum_gB, i, s, tl.sum(g * B, 0))
             sum_gA = _put_row(sum_gA, i, s, tl.sum(kept * rate, 0))

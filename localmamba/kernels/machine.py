@@ -12,6 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from functools import lru_cache
 from typing import NamedTuple
 
 from .gpu_scan import Absent, instead_of_launching
@@ -104,6 +105,7 @@ def opcode(
     "Its opcode, without a predicate."
     return re.sub(r'^@!?U?P\w+ ', '', text).split()[0]
 
+@lru_cache(maxsize=None)
 def kind(
     text: str,  # an instruction as disassembled
 ) -> str:  # a key of the table, or 'integer'
@@ -201,6 +203,10 @@ def run_scheduler(
     gpu: GPU,
 ) -> int:  # cycles until the last warp is done
     "Time of one scheduler."
+    return _scheduled(tuple(code), warps, gpu)
+
+@lru_cache(maxsize=8)  # shapes differ in how often the same code is run
+def _scheduled(code, warps, gpu):
     prepared = [(_UNIT.get(what, what), _occupied(row.text, what, gpu), _late(row.text, what), row)
                 for row in code for what in [kind(row.text)]]
     place, ready, free = [0] * warps, [0] * warps, Counter()

@@ -42,7 +42,7 @@ def our_work(
     values, blocks, chunks = Bt * K * L * D, -(-D // gpu_scan.BLOCK), -(-L // gpu_scan.CHUNK)
     saved, small = 4 * values * N / gpu_scan.SAVED_EVERY, 2 * 2 * Bt * K * L * N
     tensors, parts = (7 + 2 / K, 2 * 4 * 2 * Bt * K * L * N * blocks) if backward else (3 + 1 / K, 0)
-    again = (1 - gpu_scan.CHUNK / gpu_scan.SAVED_EVERY) if backward else 0   # chunks gone through once more, a chunk
+    again = (gpu_scan.SAVED_EVERY / gpu_scan.CHUNK - 1) / 2 if backward else 0  # chunks gone through once more, a chunk
     cached = small * blocks * (2 if backward else 1) + 2 * 2 * values * again
     return Work(Bt * K * blocks, chunks, again, values * N, 2 * values * tensors + saved + small + parts, cached)
 
