@@ -305,7 +305,8 @@ def test_the_trainings_of_make_gpu_on_the_cpu(tmp_path):
     for path in ROOT.iterdir():
         if path.name != 'results': (tmp_path/path.name).symlink_to(path)
     (tmp_path/'results').mkdir()
-    (tmp_path/'results/paper').symlink_to(ROOT/'results/paper')
+    for path in (ROOT/'results').iterdir():
+        if path.name not in ('gpu', 'imagenet'): (tmp_path/'results'/path.name).symlink_to(path)
     for part in ('train', 'val'):
         for label in ('cats', 'dogs'):
             (tmp_path/'photos'/part/label).mkdir(parents=True)
@@ -326,7 +327,6 @@ def test_the_trainings_of_make_gpu_on_the_cpu(tmp_path):
     assert [(row['amp'], row['exit']) for row in said['training']] == [('bf16', 0), ('fp16', 0)], said
     histories = [read_csv(path) for path in tmp_path.glob('results/imagenet/digits/runs/*/history.csv')]
     assert [len(history) for history in histories] == [12, 12]
-    print(said)
     assert said['checkpoint'][0]['exit'] == 0, said
 
 
