@@ -10,6 +10,7 @@ import argparse, os, signal, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import yaml
+from .files import read_yaml
 from .progress import running_kernel
 from .runs import collect, project_root, read_json, write_csv
 
@@ -37,7 +38,7 @@ def settings(
 ) -> dict:  # parameters of its notebook
     "What a job's notebook is given."
     path = Path(root or project_root())/'nbs/configs'/job.experiment/f'{job.config}.yaml'
-    given = yaml.safe_load(path.read_text(encoding='utf-8'))
+    given = read_yaml(path.read_text(encoding='utf-8'))
     if quick: given |= {k: v for k, v in QUICK.items() if k in given}
     return given
 
