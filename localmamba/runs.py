@@ -47,6 +47,9 @@ def _output(*command):  # what a command prints, or None
     try: return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
 
+def _has_avx512(path='/proc/cpuinfo'):  # whether Linux lists AVX-512 among the processor's instructions
+    return Path(path).exists() and bool(re.search(r'^flags\b.*\bavx512f\b', Path(path).read_text(), re.M))
+
 def device_name() -> str:  # a model name
     "The GPU's name, or the processor's when there is no GPU."
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
@@ -58,11 +61,12 @@ def device_name() -> str:  # a model name
     return (name or platform.processor() or platform.machine()).strip()
 
 def device_folder(
-    name: str | None = None,  # None: `device_name()`
+    name: str | None = None,  # None: `device_name()`, and '-avx512' for a processor with vectors of that width
 ) -> str:
     "A device's name as that of a folder."
     plain = re.sub(r'\((R|TM|C)\)', '', name or device_name(), flags=re.I)
-    return re.sub(r'\W+', '-', plain).strip('-').lower()
+    wide = not name and not torch.cuda.is_available() and _has_avx512()
+    return re.sub(r'\W+', '-', plain).strip('-').lower() + ('-avx512' if wide else '')
 
 # %% ../nbs/lib/28_runs.ipynb #966c6f02
 def environment(

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from localmamba import runs
 from localmamba.parameters import comments, compare_parameters, refuse_values
-from localmamba.runs import Run, collect, environment, read_csv, read_json, run_name, summarise, write_csv, write_json
+from localmamba.runs import (
+    Run, collect, device_folder, environment, read_csv, read_json, run_name, summarise, write_csv, write_json)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,6 +94,19 @@ def test_environment_tells_nothing_about_the_person():
     private = {str(Path.home()), str(ROOT), os.uname().nodename, os.environ.get('USER', '')}
     assert not [p for p in private if len(p) > 4 and p in told]
     assert environment()['torch'] == torch.__version__
+
+
+@pytest.mark.parametrize('flags, folder', [('avx2 fma', 'amd-epyc'), ('avx2 avx512f avx512bw', 'amd-epyc-avx512'),
+                                           (None, 'amd-epyc')])   # None: no Linux
+def test_processors_of_one_name_do_not_share_a_folder(flags, folder, monkeypatch, tmp_path):
+    path = tmp_path/'cpuinfo'
+    if flags: path.write_text(f'processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu {flags}\n')
+    monkeypatch.setattr(runs.torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(runs, 'device_name', lambda: 'AMD EPYC')
+    monkeypatch.setattr(runs._has_avx512, '__defaults__', (path,))
+    assert device_folder() == folder and device_folder('AMD EPYC') == 'amd-epyc'   # a name given is kept
+    monkeypatch.setattr(runs.torch.cuda, 'is_available', lambda: True)
+    assert device_folder() == 'amd-epyc'   # a GPU's name says all
 
 
 def test_history_columns_are_fixed(tmp_path):
