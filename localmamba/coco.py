@@ -59,6 +59,10 @@ FIELDS = {
 OPTIONAL = {'area', 'iscrowd'}
 
 # %% ../nbs/lib/26_coco.ipynb #8d2cb352
+def _cut(value):  # a value as Python would write it, not at any length
+    text = repr(value)
+    return text if len(text) <= 60 else f'{text[:60]}…'
+
 def read_annotations(
     path,  # of a .json
     masks: bool = True,  # refuse instances without a segmentation; False: segmentations are left out
@@ -74,7 +78,7 @@ def read_annotations(
     for part, fields in FIELDS.items():
         given = held.get(part) if isinstance(held, dict) else held
         if given is held or not isinstance(given, list):
-            raise wrong(f'"{part}": got {str(given)[:60]}; allowed: a list in a dictionary')
+            raise wrong(f'"{part}": got {_cut(given)}; allowed: a list in a dictionary')
         held[part] = [checked(entry, i, part, fields, wrong) for i, entry in enumerate(held[part])]
         repeated = [i for i, n in Counter(entry['id'] for entry in held[part]).items() if n > 1]
         if repeated: raise wrong(f'"{part}": id: got {repeated[0]} more than once; allowed: each once')
@@ -90,12 +94,12 @@ def checked(entry, i, part, fields, wrong):
     "An entry of a list, every field of it tested; whole numbers as integers."
     one = {'images': 'image', 'categories': 'category', 'annotations': 'annotation'}[part]
     if not isinstance(entry, dict):
-        raise wrong(f'entry {i + 1} of "{part}": got {str(entry)[:60]!r}; allowed: a dictionary')
+        raise wrong(f'entry {i + 1} of "{part}": got {_cut(entry)}; allowed: a dictionary')
     name = f'{one} {entry["id"]}' if is_id(entry.get('id')) else f'entry {i + 1} of "{part}"'
     for key, (fits, allowed) in fields.items():
         if key not in entry:
             if key not in OPTIONAL: raise wrong(f'{name}: {key}: got nothing; allowed: {allowed}')
-        elif not fits(entry[key]): raise wrong(f'{name}: {key}: got {str(entry[key])[:60]!r}; allowed: {allowed}')
+        elif not fits(entry[key]): raise wrong(f'{name}: {key}: got {_cut(entry[key])}; allowed: {allowed}')
     return entry | {key: int(value) for key in ('id', 'image_id', 'category_id', 'height', 'width', 'iscrowd')
                     if not isinstance(value := entry.get(key, ''), str)}
 
@@ -105,7 +109,7 @@ def check_annotations(held, wrong, masks):
     images, categories = {entry['id']: entry for entry in held['images']}, {entry['id'] for entry in held['categories']}
     for a in held['annotations']:
         def refuse(key, value, allowed):
-            raise wrong(f'annotation {a["id"]}: {key}: got {str(value)[:60]}; allowed: {allowed}')
+            raise wrong(f'annotation {a["id"]}: {key}: got {_cut(value)}; allowed: {allowed}')
         if a['image_id'] not in images: refuse('image_id', a['image_id'], 'the id of an image that is listed')
         if a['category_id'] not in categories:
             refuse('category_id', a['category_id'], 'the id of a category that is listed')
@@ -133,8 +137,10 @@ def segmentation_problem(a, size, far):
                                               in given):
         return f'lists of numbers from -{far} to {far}, or run lengths'
     if any(len(p) % 2 for p in given): return 'polygons of x, y, x, y, ...'
-    a['segmentation'] = [p for p in given if len(p) >= 6]
-    return '' if a['segmentation'] else 'polygons of three points or more'
+    whole = [p for p in given if len(p) >= 6]
+    if not whole: return 'polygons of three points or more'
+    a['segmentation'] = whole
+    return ''
 
 # %% ../nbs/lib/26_coco.ipynb #92194b55
 def unpacked(
@@ -391,7 +397,7 @@ def check_results(dataset, results, kinds):
                  ('segmentation', f"run lengths of {sizes[r['image_id']]} pixels") if 'mask' in kinds and
                  segmentation_problem({'segmentation': runs if isinstance(runs, dict) else None},
                                       sizes[r['image_id']], 0) else None)
-        if wrong: raise ValueError(f'results[{i}]: {wrong[0]}: got {str(r.get(wrong[0]))[:60]}; allowed: {wrong[1]}')
+        if wrong: raise ValueError(f'results[{i}]: {wrong[0]}: got {_cut(r.get(wrong[0]))}; allowed: {wrong[1]}')
 
 def average_precision(
     dataset: CocoFolder,  # the truth

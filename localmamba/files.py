@@ -72,7 +72,7 @@ def read_json(
     except (ValueError, RecursionError) as e:
         raise ValueError(f'{path}: got {e}; allowed: JSON with finite numbers; was it edited?') from e
     if kind is None or isinstance(found, kind): return found
-    raise TypeError(f'{path}: got a {type(found).__name__} ({str(found)[:60]}); allowed: a {kind.__name__}; '
+    raise TypeError(f'{path}: got a {type(found).__name__} ({repr(found)[:60]}); allowed: a {kind.__name__}; '
                     'was it edited?')
 
 # %% ../nbs/lib/19_files.ipynb #f1e68227

@@ -114,6 +114,7 @@ def _refuse_number(name, default, value, words):
     no_rate = value == 0 and default and re.search(r'(^|_)lr$', name) and name not in ('min_lr', 'start_lr')
     if not (math.isfinite(value) and least <= value <= most) or no_rate:
         above = ', not 0' if value == 0 and least == 0 else ''
+        if limits: words = (words[:limits.start()].rstrip(' ,;:') + words[limits.end():]).lstrip(' ,;:')  # said before
         raise ValueError(f'parameter {name!r}: got {value!r}; allowed: {least:.15g} to {most:.15g}{above}'
                          + (f' ({words})' if words else ''))
 

@@ -48,20 +48,26 @@ _SAID = (dict.fromkeys(('label_smoothing', 'drop_path', 'ema'), 'a share, 0 to 0
 _PAIRS = {'scale': (0, 1), 'ratio': (0, 100), 'limits': (1, 100_000), 'samples': (1, 100_000)}  # least and most
 
 def _check(name, default, value):  # one value of a recipe
+    given = value
     if name == 'crop': default, value = [1], value if isinstance(value, (list, tuple)) else [value]
     if not same_kind(default, value):
         raise TypeError(f'recipe: {name}: got {value!r} ({type(value).__name__}); allowed: '
                         f'{type(default).__name__}, such as {default!r}')
+    if name == 'crop' and all(type(v) is int for v in value) and not (value and min(value) >= 1):
+        raise ValueError(f'recipe: crop: got {given}; allowed: whole numbers from 1')
+    if name in _PAIRS: return _check_pair(name, value)
     words = {key: allowed for key, allowed in _WORDS.items() if key == name}
     try: refuse_values({name: default}, {name: value}, _SAID, **words)
-    except (TypeError, ValueError) as e: raise type(e)(str(e).replace(f'parameter {name!r}', f'recipe: {name}')) from e
-    if name == 'crop' and min(value) < 1: raise ValueError(f'recipe: crop: got {value}; allowed: whole numbers from 1')
-    if name not in _PAIRS: return
+    except (TypeError, ValueError) as e:
+        said = str(e).replace(f'parameter {name!r}', f'recipe: {name}').removesuffix(' (or 0)')
+        raise type(e)(said) from e
+
+def _check_pair(name, value):
     (least, most), kinds = _PAIRS[name], (list, tuple)
     fits = isinstance(value, kinds) and len(value) == 2 and all(type(v) in (int, float) for v in value)
     if not fits or not all(least <= v <= most for v in value) or not max(value) or name in ('scale', 'ratio') and (
             value[0] > value[1]):
-        order = ', the smaller first' if name in ('scale', 'ratio') else ''
+        order = ', the smaller first, not both 0' if name in ('scale', 'ratio') else ''
         raise ValueError(f'recipe: {name}: got {value!r}; allowed: two numbers from {least} to {most}{order}')
 
 def recipe(

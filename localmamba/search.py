@@ -198,7 +198,7 @@ def read_search(
 ) -> dict:  # directions (one tuple a layer), fingerprint, candidates, top, model, provenance, probabilities if known
     "The whole record of a search; raises `ValueError` unless directions and fingerprint agree."
     if not Path(path).is_file():
-        raise FileNotFoundError(f'path: got {path}, where no file is; '
+        raise FileNotFoundError(f'path: got {str(path) or "an empty text"}, where no file is; '
                                 'allowed: a JSON file written by search_directions')
     try: record = json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e:

@@ -84,7 +84,7 @@ def _expect_order(order, device, K, L='L'):
     expect_dense('order', order)
     if order.dtype != torch.int64: raise ValueError(f'order: got dtype {order.dtype}; allowed: torch.int64')
     if order.device != device and order.device.type != 'cpu':
-        raise ValueError(f'order: got device {order.device}; allowed: {device}, or cpu')
+        raise ValueError(f'order: got device {order.device}; allowed: {device}{", or cpu" * (device.type != "cpu")}')
     if order.dim() != 2 or order.shape[0] != K or L not in ('L', order.shape[1]): expect('order', order, K, L)
 
 

@@ -357,7 +357,11 @@ def test_missing_and_damaged_files(changed, root, tmp_path):
                           (lambda a: a.update(category_id=99), 'category_id: got 99'),
                                            (lambda a: a.update(bbox=[1, 2, np.nan, 3]), 'annotation 1: bbox: got'),
                                            (lambda a: a.update(id=2), 'id: got 2 more than once; allowed: each once'),
-                                           (lambda a: a.pop('bbox'), 'annotation 1: bbox: got nothing')])
+                                           (lambda a: a.pop('bbox'), 'annotation 1: bbox: got nothing'),
+                                           (lambda a: a.update(segmentation=''), "segmentation: got ''; allowed: poly"),
+                                           (lambda a: a.update(segmentation=[[1, 2, 3, 4]]),
+                                            r"segmentation: got \[\[1, 2, 3, 4\]\]; allowed: polygons of three"),
+                                           (lambda a: a.update(segmentation='x' * 99), "got 'x{59}…; allowed: lists")])
 def test_annotations_that_make_no_sense(changed, change, words):
     with pytest.raises(ValueError, match=words): changed(lambda held: change(held['annotations'][0]))
 

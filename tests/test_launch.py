@@ -145,6 +145,18 @@ def test_recipes_refuse_what_makes_no_sense(name, changes):
             recipe(name, recipes, **changes)
 
 
+@pytest.mark.parametrize('recipes, name, changes, words', [
+    (RECIPES, 'paper', {'drop_path': 2}, 'recipe: drop_path: got 2; allowed: 0 to 0.9999999 (a share)'),
+    (DETECTION, '1x', {'pad_to': -1}, 'recipe: pad_to: got -1; allowed: 0 to 4294967295'),
+    (SEGMENTATION, 'scenes', {'limits': -1}, 'recipe: limits: got -1; allowed: two numbers from 1 to 100000'),
+    (SEGMENTATION, 'release', {'crop': -1}, 'recipe: crop: got -1; allowed: whole numbers from 1'),
+    (RECIPES, 'paper', {'scale': [0, 0]}, 'recipe: scale: got [0, 0]; allowed: two numbers from 0 to 1, the smaller '
+                                          'first, not both 0')])
+def test_recipes_say_once_what_is_allowed(recipes, name, changes, words):
+    with pytest.raises(ValueError) as refused: recipe(name, recipes, **changes)
+    assert str(refused.value) == words
+
+
 def test_recipes_take_what_makes_sense():
     for recipes in (RECIPES, DETECTION, SEGMENTATION):
         for name, values in recipes.items(): assert recipe(name, recipes, **values) == values

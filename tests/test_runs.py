@@ -357,7 +357,8 @@ DEFAULTS = dict(epochs=30, seed=0, n_train=400, share=0.1, lr=1e-3, warmup=-1, r
 @pytest.mark.parametrize('wrong, error, words', [
     (dict(epochs=0), ValueError, "parameter 'epochs': got 0; allowed: 1 to"), (dict(epochs=-3), ValueError, 'got -3'),
     (dict(epochs=10 ** 15), ValueError, 'allowed: 1 to 4294967295'), (dict(n_train=-1), ValueError, 'allowed: 0 to'),
-    (dict(share=1.5), ValueError, 'allowed: 0 to 1'), (dict(share=float('nan')), ValueError, 'got nan'),
+    (dict(share=1.5), ValueError, r'allowed: 0 to 1 \(of the images\)$'),
+    (dict(share=float('nan')), ValueError, 'got nan'),
     (dict(lr=0.), ValueError, 'not 0'), (dict(lr=float('inf')), ValueError, 'got inf'),
     (dict(warmup=-2), ValueError, 'allowed: -1'),
     (dict(rows=[]), ValueError, "'rows': got an empty list"),
