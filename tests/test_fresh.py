@@ -25,9 +25,9 @@ print(json.dumps([keep_memory(), [faults() for _ in range(5)]]))
 """
 
 
-def fresh(**env):
+def fresh(code=PASS, **env):
     "Whether memory is kept, and the fewest page faults of a pass after the second, in a process of its own."
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', PASS], capture_output=True, text=True, timeout=600,
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=600,
                           env={k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')} | env)
     assert done.returncode == 0, done.stderr
     kept, faults = json.loads(done.stdout)
@@ -39,6 +39,25 @@ def test_a_fresh_process_does_not_fault_its_memory_in_again():
     kept, faults = fresh()
     if not kept: pytest.skip('there is no glibc')
     assert faults < 450   # of LocalVim-T's 20 blocks, 3,000 a pass would be allowed
+
+
+LARGE = """
+import json, resource, torch
+from localmamba.kernels.workers import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3): torch.ones(2**24)   # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(json.dumps([keep_memory(), [faults() for _ in range(5)]]))
+"""
+
+
+@pytest.mark.skipif(vector.reason() is not None or sys.platform != 'linux', reason='about glibc and the CPU kernels')
+def test_large_tensors_are_kept_too():
+    "A batch of 128 images makes tensors of more than the 32 MiB that older versions of glibc keep."
+    kept, faults = fresh(LARGE)
+    if not kept: pytest.skip('there is no glibc')
+    assert faults < 3 * 2**14 // 8   # a page each: 3 * 2**14
 
 
 @pytest.mark.slow
