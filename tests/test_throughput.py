@@ -14,7 +14,7 @@ TINY = ['-y', 'shapes: [[1, 16, 20, 4]]', '-y', 'models: [test_local_vim, test_l
         '-y', 'train_models: [test_local_vim]', '-y', 'token_sizes: [32, 64]', '-y', 'peers: [test_vit]',
         '-y', 'limit_shapes: [[1, 2, 16, 20, 4], [1, 2, 16, 20, 8]]', '-p', 'compiled', 'False',
         '-p', 'img_size', '32', '-p', 'batch_size', '2', '-p', 'repeats', '1', '-p', 'max_seconds', '1',
-        '-p', 'threads', '1', '-p', 'device', 'toy', '-p', 'gpu_batch_size', '2']
+        '-p', 'threads', '1', '-p', 'device', 'toy', '-p', 'gpu_batch_size', '2', '-p', 'small_batch', '16']
 
 
 def papermill(folder, *args):
@@ -27,7 +27,7 @@ def papermill(folder, *args):
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp('toy')
-    done = papermill(folder, *TINY, '-y', 'parts: [scan, limit, models, peers, tokens]')
+    done = papermill(folder, *TINY, '-y', 'parts: [scan, limit, models, peers, rest, tokens]')
     assert done.returncode == 0, done.stdout + done.stderr
     return folder/'results/throughput/toy'
 
@@ -62,10 +62,22 @@ def test_shares_of_the_limit_and_their_claims(toy):
     assert (peers.ms_an_image > 0).all() and set(peers.passes) == {'inference', 'training step'}
 
 
+def test_what_surrounds_the_kernels(toy):
+    rest, claims = pd.read_csv(toy/'rest.csv'), pd.read_csv(toy/'claims.csv').set_index('claim')
+    assert len(rest) == 2 * 3 + 2 + 1 + 2 and (rest.value >= 0).all()
+    first, second = rest.value[rest.quantity.str.contains('round')]
+    assert 0 < second < first < 1   # what has been made is only looked up
+    gradients = rest.value[rest.quantity.str.startswith('gradients')]
+    assert gradients.between(1e-4, 0.2).all()
+    assert claims.measured['LocalVim 4x48, loading, augmentation and optimiser / step'] < 1
+    assert sum('fresh process' in claim for claim in claims.index) == 4
+
+
 def test_figures_and_provenance(toy):
     for name in ('table', 'models', 'scaling'): assert (toy/f'{name}.png').stat().st_size > 5000
     environment = json.loads((toy/'env.json').read_text())
-    assert {'table.csv', 'limit.csv', 'models.csv', 'layers.csv', 'peers.csv', 'scaling.csv'} == set(environment)
+    parts = 'table', 'limit', 'models', 'layers', 'peers', 'rest', 'scaling'
+    assert {f'{part}.csv' for part in parts} == set(environment)
     assert all({'torch', 'threads', 'load', 'parameters'} <= set(facts) for facts in environment.values())
     assert str(toy.parents[2]) not in json.dumps(environment)
 
