@@ -9,7 +9,7 @@ __all__ = ['PLAN', 'QUICK', 'RATES', 'Job', 'settings', 'seconds_of', 'forecast'
 import argparse, os, signal, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
-import yaml
+import pandas as pd, yaml
 from .files import read_yaml
 from .progress import running_kernel
 from .runs import collect, project_root, read_json, write_csv
@@ -138,12 +138,14 @@ RATES = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 def pilot(
     processes: int,  # side by side
 ):
-    "Both families with each learning rate; writes results/miniature/pilot.csv."
-    jobs = [Job('ablation_scan', name, 1, 1) for name in ('pilot', 'pilot_maps')]
+    "Both families, and those of `families`, with each learning rate; writes results/miniature/pilot.csv."
+    jobs = [*(Job('ablation_scan', name, 1, 1) for name in ('pilot', 'pilot_maps')), Job('families', 'pilot', 6, 1)]
     calls = [(f'{job.config}, lr {lr:g}', command(job, settings(job) | {'lr': lr}, [0], f'_{lr:g}'))
              for job in jobs for lr in RATES]
     if failed := run_all(calls, processes): raise SystemExit(f'failed: {", ".join(failed)}')
-    table = collect('ablation_scan', 'pilot').pivot_table('top1', 'model', 'lr').round(2).reset_index()
+    families = collect('families', 'pilot').rename(columns={'row': 'model'})
+    table = pd.concat([collect('ablation_scan', 'pilot'), families])
+    table = table.pivot_table('top1', 'model', 'lr', sort=False).round(2).reset_index()
     write_csv(project_root()/'results/miniature/pilot.csv', table)
     print(table.to_string(index=False))
 
