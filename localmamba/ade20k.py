@@ -16,7 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 from .digits import scenes
-from .files import data_dir
+from .files import cut, data_dir
 from .images import (SPLIT_NAMES, SUFFIXES, TURNS, CorruptImage, fingerprint, image_size, open_image,
                                pictures_in,
                                say_left_out)
@@ -300,7 +300,7 @@ def read_classes(
 ) -> list:  # of its entries
     "The classes of a data set, checked; raises `ValueError` that names the entry."
     def wrong(where, key, value, allowed):
-        return ValueError(f'{path}{where}: {key}: got {str(value)[:60]!r}; allowed: {allowed}\n{layout}')
+        return ValueError(f'{path}{where}: {key}: got {cut(value)}; allowed: {allowed}\n{layout}')
     def whole(value, top): return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= top
     try: entries = json.loads(Path(path).read_text(encoding='utf-8-sig'))
     except (ValueError, RecursionError) as e: raise ValueError(f'{path}: got no JSON ({e}); allowed: {layout}') from e

@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .digits import scenes
-from .files import data_dir
+from .files import cut, data_dir
 from .images import SPLIT_NAMES, CorruptImage, fingerprint, open_image, pictures_in, say_left_out
 
 # %% ../nbs/lib/26_coco.ipynb #cddda7ef
@@ -59,10 +59,6 @@ FIELDS = {
 OPTIONAL = {'area', 'iscrowd'}
 
 # %% ../nbs/lib/26_coco.ipynb #8d2cb352
-def _cut(value):  # a value as Python would write it, not at any length
-    text = repr(value)
-    return text if len(text) <= 60 else f'{text[:60]}…'
-
 def read_annotations(
     path,  # of a .json
     masks: bool = True,  # refuse instances without a segmentation; False: segmentations are left out
@@ -78,7 +74,7 @@ def read_annotations(
     for part, fields in FIELDS.items():
         given = held.get(part) if isinstance(held, dict) else held
         if given is held or not isinstance(given, list):
-            raise wrong(f'"{part}": got {_cut(given)}; allowed: a list in a dictionary')
+            raise wrong(f'"{part}": got {cut(given)}; allowed: a list in a dictionary')
         held[part] = [checked(entry, i, part, fields, wrong) for i, entry in enumerate(held[part])]
         repeated = [i for i, n in Counter(entry['id'] for entry in held[part]).items() if n > 1]
         if repeated: raise wrong(f'"{part}": id: got {repeated[0]} more than once; allowed: each once')
@@ -94,12 +90,12 @@ def checked(entry, i, part, fields, wrong):
     "An entry of a list, every field of it tested; whole numbers as integers."
     one = {'images': 'image', 'categories': 'category', 'annotations': 'annotation'}[part]
     if not isinstance(entry, dict):
-        raise wrong(f'entry {i + 1} of "{part}": got {_cut(entry)}; allowed: a dictionary')
+        raise wrong(f'entry {i + 1} of "{part}": got {cut(entry)}; allowed: a dictionary')
     name = f'{one} {entry["id"]}' if is_id(entry.get('id')) else f'entry {i + 1} of "{part}"'
     for key, (fits, allowed) in fields.items():
         if key not in entry:
             if key not in OPTIONAL: raise wrong(f'{name}: {key}: got nothing; allowed: {allowed}')
-        elif not fits(entry[key]): raise wrong(f'{name}: {key}: got {_cut(entry[key])}; allowed: {allowed}')
+        elif not fits(entry[key]): raise wrong(f'{name}: {key}: got {cut(entry[key])}; allowed: {allowed}')
     return entry | {key: int(value) for key in ('id', 'image_id', 'category_id', 'height', 'width', 'iscrowd')
                     if not isinstance(value := entry.get(key, ''), str)}
 
@@ -109,7 +105,7 @@ def check_annotations(held, wrong, masks):
     images, categories = {entry['id']: entry for entry in held['images']}, {entry['id'] for entry in held['categories']}
     for a in held['annotations']:
         def refuse(key, value, allowed):
-            raise wrong(f'annotation {a["id"]}: {key}: got {_cut(value)}; allowed: {allowed}')
+            raise wrong(f'annotation {a["id"]}: {key}: got {cut(value)}; allowed: {allowed}')
         if a['image_id'] not in images: refuse('image_id', a['image_id'], 'the id of an image that is listed')
         if a['category_id'] not in categories:
             refuse('category_id', a['category_id'], 'the id of a category that is listed')
@@ -397,7 +393,7 @@ def check_results(dataset, results, kinds):
                  ('segmentation', f"run lengths of {sizes[r['image_id']]} pixels") if 'mask' in kinds and
                  segmentation_problem({'segmentation': runs if isinstance(runs, dict) else None},
                                       sizes[r['image_id']], 0) else None)
-        if wrong: raise ValueError(f'results[{i}]: {wrong[0]}: got {_cut(r.get(wrong[0]))}; allowed: {wrong[1]}')
+        if wrong: raise ValueError(f'results[{i}]: {wrong[0]}: got {cut(r.get(wrong[0]))}; allowed: {wrong[1]}')
 
 def average_precision(
     dataset: CocoFolder,  # the truth

@@ -23,7 +23,7 @@ from .detector import Counted, Detector, detector, load_detector
 from .optim import Schedule, staircase
 from .processes import of_all, processes, summed
 from .progress import StatusLine
-from .stream import SampleLoader, fitted, network_input, rescaled, standardised
+from .stream import SampleLoader, fitted, network_input, rescaled, same_classes, standardised
 from .train import Record
 
 _all_ = ['Counted', 'Detector', 'detector', 'load_detector']  # the model, for those who look for it here
@@ -136,9 +136,7 @@ def loaders(
     world: int = 1,  # so many training processes this is
 ) -> DataLoaders:  # fastai's, with two `DetectionLoader`s; an epoch is `every` steps
     "Loaders for training and validation by a recipe."
-    if train.classes != valid.classes:
-        odd = sorted(set(train.classes) ^ set(valid.classes)) or ['another order']
-        raise ValueError(f'valid: got other classes than train: {", ".join(odd[:8])}; allowed: the same')
+    same_classes(train, valid)
     if train.masks != valid.masks:
         raise ValueError(f'valid: got masks={valid.masks}; allowed: masks={train.masks}, as train was opened')
     train = train.with_instances()

@@ -18,14 +18,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from timm.models._hub import generate_readme
 from torch._higher_order_ops.scan import scan_op
 
 from .cost import count_flops, count_parameters
 from .files import read_json, whole_file, write_text
 from .models.bundled import card_words
-from .models.reading import CHECKSUM, checksum
+from .models.reading import sealed
 from .ssm import ScanArguments
 
 # %% ../nbs/lib/44_export.ipynb #a3a0a79b
@@ -399,8 +399,7 @@ def save_weights(
 ) -> Path:
     "Save weights with a checksum, which `read_checkpoint` compares; raises `ValueError` for another suffix."
     path, state = written_to(path, '.safetensors'), weights.state_dict() if isinstance(weights, nn.Module) else weights
-    state = {name: x.detach().contiguous().clone() for name, x in state.items()}  # no two share memory
-    with whole_file(path) as file: file.write(save(state, {'format': 'pt', CHECKSUM: checksum(state)}))
+    with whole_file(path) as file: file.write(sealed(state))
     return path
 
 

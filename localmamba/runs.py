@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from .parameters import check_parameters, compare_parameters
-from .files import project_root, read_csv, read_json, results_dir, whole_file, write_csv, write_json
+from .files import (
+    cut, project_root, read_csv, read_json, results_dir, whole_file, write_csv, write_json)
 
 _all_ = ['check_parameters', 'compare_parameters', 'project_root', 'read_csv', 'read_json', 'results_dir', 'whole_file',
          'write_csv', 'write_json']
@@ -129,7 +130,7 @@ class Run:
 def recorded_data(path):  # of an env.json; {} where it says nothing
     found = (read_json(path, dict) or {}).get('data') or {}
     if isinstance(found, dict): return found
-    raise TypeError(f'{path}: data: got {str(found)[:60]!r}; allowed: a dict; was it edited?')
+    raise TypeError(f'{path}: data: got {cut(found)}; allowed: a dict; was it edited?')
 
 def described_data(data): return f"{data.get('files')} files of {data.get('bytes')} bytes ({data.get('identity')})"
 

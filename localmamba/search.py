@@ -22,7 +22,7 @@ import torch
 from fastai.callback.core import Callback
 from torch import Tensor, nn
 
-from .files import write_text
+from .files import cut, write_text
 from .mixer import ScanMixer, check_choice, check_directions, facts_in, layer_directions
 from .models.weights import read_checkpoint
 from .scan import DIRECTIONS
@@ -207,7 +207,7 @@ def read_search(
         raise ValueError(f"{path}: got no directions; allowed: an object with 'directions' and 'fingerprint'")
     layers = record['directions']
     if not isinstance(layers, list) or not layers or not all(isinstance(layer, list) for layer in layers):
-        raise ValueError(f"{path}: got {str(layers)[:60]!r} as directions; allowed: one list of names a layer")
+        raise ValueError(f"{path}: got {cut(layers)} as directions; allowed: one list of names a layer")
     record['directions'] = [check_directions(layer) for layer in layers]
     if fingerprint(layers) != record['fingerprint']:
         raise ValueError(f'{path}: got directions of the fingerprint {fingerprint(layers)}, changed after they were '

@@ -28,7 +28,8 @@ from .models.backbone import Backbone, backbone_of
 from .models.weights import load_whole
 from .optim import Schedule, polynomial
 from .progress import StatusLine
-from .stream import MEAN, STD, SampleLoader, fitted, network_input, pixel_stats, rescaled, standardised
+from .stream import (
+    MEAN, STD, SampleLoader, fitted, network_input, pixel_stats, rescaled, same_classes, standardised)
 from .train import Record
 
 # %% ../nbs/lib/37_segment.ipynb #5c513e55
@@ -256,9 +257,7 @@ def loaders(
     world: int = 1,  # so many training processes this is
 ) -> DataLoaders:  # fastai's, with two `SegmentationLoader`s; an epoch is `every` steps
     "Loaders for training and validation by a recipe."
-    if train.classes != valid.classes:
-        odd = sorted(set(train.classes) ^ set(valid.classes)) or ['another order']
-        raise ValueError(f'valid: got other classes than train: {", ".join(odd[:8])}; allowed: the same')
+    same_classes(train, valid)
     device = default_device() if device is None else device
     asked = ('crop', 'limits', 'ratio', 'cat_max_ratio', 'mirror', 'photometric')
     transform = TrainTransform(**{k: settings[k] for k in asked}, stats=stats)

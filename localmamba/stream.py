@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'fitted', 'normalised', 'rescaled', 'permuted', 'Passes', 'Endless', 'InOrder', 'BySize', 'Samples',
-           'image_names', 'collated', 'moved', 'StreamLoader', 'drawing', 'SampleLoader', 'pixel_stats', 'standardised',
-           'network_input']
+           'image_names', 'collated', 'moved', 'StreamLoader', 'drawing', 'same_classes', 'SampleLoader', 'pixel_stats',
+           'standardised', 'network_input']
 
 # %% ../nbs/lib/24_stream.ipynb #7bae6e65
 import random
@@ -231,6 +231,17 @@ def drawing(
     random.seed(one), np.random.seed(two), torch.manual_seed(one << 32 | two)
     try: yield
     finally: random.setstate(before[0]), np.random.set_state(before[1]), torch.set_rng_state(before[2])
+
+# %% ../nbs/lib/24_stream.ipynb #99393bc2
+def same_classes(
+    train,  # any set with `name` and `classes`
+    valid,  # another
+):
+    "Refuse two sets whose classes differ, naming some."
+    if train.classes == valid.classes: return
+    odd = sorted(set(train.classes) ^ set(valid.classes)) or ['the same in another order']
+    raise ValueError(f'valid: got {valid.name}, with other classes than {train.name}: {", ".join(odd[:8])}'
+                     f'{", …" * (len(odd) > 8)}; allowed: the same')
 
 # %% ../nbs/lib/24_stream.ipynb #f0881b9f
 class SampleLoader(StreamLoader):

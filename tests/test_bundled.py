@@ -2,14 +2,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from timm.models import PretrainedCfg
 from torch.testing import assert_close
 
 import localmamba.classify  # noqa: F401 (names of both families for timm)
-from localmamba.models.bundled import bundled_cards, bundled_folder, bundled_options, card_text, write_bundled
+from localmamba.models.bundled import (
+    bundled_cards, bundled_cfgs, bundled_folder, bundled_options, card_text, write_bundled)
+from localmamba.models.localvmamba import local_vmamba_nano
 
 ROOT = Path(__file__).parent.parent
 CARDS = bundled_cards()
@@ -71,6 +75,31 @@ def test_timm_gives_weights_and_preprocessing(name):
     fresh = timm.create_model(name).eval()
     assert fresh.state_dict().keys() == net.state_dict().keys()
     assert timm.create_model(name, pretrained=True, num_classes=3)(x[None]).shape == (1, 3)
+
+
+@pytest.mark.parametrize('name', CARDS)
+def test_one_changed_bit_is_refused(name, tmp_path):
+    whole, file = (bundled_folder()/f'{name}.safetensors').read_bytes(), tmp_path/f'{name}.safetensors'
+    header, variant = 8 + int.from_bytes(whole[:8], 'little'), name.split('.')[0]
+    overlay, options = dict(file=str(file)), bundled_options(variant, True, {})
+    file.write_bytes(whole)
+    timm.create_model(variant, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    for at in [header, len(whole) - 5, *np.random.default_rng(0).integers(header, len(whole), 3)]:
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
+        with pytest.raises(ValueError, match=f'{name}.safetensors, which is damaged .its tensors are not those of its'):
+            timm.create_model(variant, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+
+
+def test_a_changed_bit_is_refused_when_a_model_is_asked_for_by_its_tag(own, tmp_path, monkeypatch):
+    file = tmp_path/'local_vmamba_nano.mine.safetensors'
+    cfgs = bundled_cfgs('local_vmamba_nano')
+    monkeypatch.setattr('timm.models._builder.get_pretrained_cfg', lambda name: PretrainedCfg(**cfgs[name]))
+    x = torch.randn(2, 3, 32, 32)
+    assert_close(local_vmamba_nano(pretrained=True, pretrained_cfg='mine').eval()(x), own(x))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    with pytest.raises(ValueError, match='mine.safetensors, which is damaged'):
+        local_vmamba_nano(pretrained=True, pretrained_cfg='mine')
 
 
 @pytest.mark.parametrize('name', CARDS)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -455,6 +456,17 @@ def test_boxes_alone_are_learnt_and_judged(root, tmp_path, augment, name, cascad
     image, target = sample((48, 48), 1)
     del target['masks']
     with pytest.raises(ValueError, match='targets: got no masks'): whole([image], [target])
+
+
+@pytest.mark.parametrize('names, words', [(lambda c: (*c[:-1], 'zebra'), '9, zebra'),
+                                          (lambda c: c[::-1], 'another order')])
+def test_every_task_is_judged_on_the_classes_it_learns(names, words):
+    from localmamba import detect, photos, segment
+    train, valid = (SimpleNamespace(name=name, classes=tuple('0123456789')) for name in ('mine', 'yours'))
+    valid.classes = names(valid.classes)
+    for call in (lambda: detect.loaders(train, valid, {}), lambda: segment.loaders(train, valid, {}),
+                 lambda: photos.photo_loaders(train, valid, 2, (None, None))):
+        with pytest.raises(ValueError, match=f'got yours, with other classes than mine: .*{words}; allowed: '): call()
 
 
 # --- the experiment

@@ -13,7 +13,7 @@ from collections import Counter, OrderedDict
 from pathlib import Path
 
 import torch
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
 from timm.models._input import get_pretrained_grid_size
 from torch import Tensor, nn
@@ -254,11 +254,6 @@ def checkpoint_filter_fn(
     "What timm does with a file before it loads it."
     return converted(model, state_dict)
 
-def _local_folder(cfg):
-    "The folder that `timm.create_model('local-dir:…')` names, else None."
-    told = cfg if isinstance(cfg, dict) else vars(cfg) if hasattr(cfg, '__dict__') else {}
-    return told.get('file') if told.get('source') == 'local-dir' else None
-
 def build_model(
     cls: type,  # of the model
     variant: str,  # its timm name
@@ -266,12 +261,13 @@ def build_model(
     standard,  # layers that `features_only=True` gives if no `out_indices` are named
     **kwargs,  # as a model's factory gets them
 ) -> nn.Module:
-    "A model as timm makes it; the file of `pretrained_cfg_overlay` is read by `read_checkpoint`."
+    "A model as timm makes it; a file on this machine, bundled ones too, is read by `read_checkpoint`."
     overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
-    file = overlay.get('file') if pretrained and not overlay.get('custom_load') else None
-    if file: overlay['state_dict'] = read_checkpoint(file)
-    elif pretrained and (folder := _local_folder(kwargs.get('pretrained_cfg'))): # timm reads it
-        if (file := file_in(folder)) is not None: read_checkpoint(file)
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay) if pretrained else None
+    if cfg and cfg.source == 'local-dir' and not overlay.get('file'):  # timm reads it
+        if (file := file_in(cfg.file)) is not None: read_checkpoint(file)
+    elif cfg and cfg.file and not cfg.state_dict and not cfg.custom_load:
+        overlay['state_dict'] = read_checkpoint(cfg.file)
     features = dict(out_indices=kwargs.pop('out_indices', standard), feature_cls=FeatureMaps)
     model = build_model_with_cfg(cls, variant, pretrained, pretrained_cfg_overlay=overlay,
                                  pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=features, **kwargs)
