@@ -33,6 +33,19 @@ def run(code, **env):
     assert done.returncode == 0, done.stderr
     return done.stdout
 
+@pytest.mark.parametrize('T, D', [(64, 32), (37, 48), (16, 21), (100, 8)])
+@pytest.mark.parametrize('turned', [True, False])
+def test_steps_side_by_side_give_the_bits_of_channels_side_by_side(T, D, turned):
+    "`mamba_ssm`'s layout, in raster order (a square is turned over) and in another (numbers are gathered)."
+    args = case(T=T, D=D, N=4)
+    if turned: args[8] = torch.arange(T).repeat(len(args[8]), 1)
+    other = [x.mT.contiguous().mT if i in (0, 1, 3, 4, 6) else x for i, x in enumerate(args)]
+    assert other[1].stride()[-2:] == (1, T)
+    (y, last, saved), (y2, last2, saved2) = cpu.scan_forward(*args), cpu.scan_forward(*other)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    back = cpu.scan_backward(dy, None, *args, saved)
+    assert equal([y, last, *back], [y2, last2, *cpu.scan_backward(dy.mT.contiguous().mT, None, *other, saved2)])
+
 def test_same_bits_for_any_number_of_threads():
     before = torch.get_num_threads()
     try:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'GROUP', 'CALL', 'Task', 'STEP', 'FRAME', 'SIDES', 'TILE_BYTES', 'Parts', 'Values', 'parts_of',
-           'scratch_bytes', 'pack_lanes', 'unpack_lanes', 'pack_steps', 'chunk_rows', 'ask_for', 'pack_chunk', 'fetch',
-           'fetch_field', 'prepare', 'finish', 'decay', 'values', 'walk', 'pack_group', 'pack_decays', 'in_range',
-           'widen', 'general_values', 'slot', 'place', 'chunk_forward', 'group_size', 'token_limit', 'scan_table',
-           'work_of', 'saved_shape', 'scan_forward']
+           'scratch_bytes', 'pack_lanes', 'unpack_lanes', 'pack_steps', 'chunk_rows', 'ask_for', 'pack_chunk',
+           'in_line', 'fetch', 'fetch_field', 'prepare', 'finish', 'decay', 'values', 'walk', 'pack_group',
+           'pack_decays', 'in_range', 'widen', 'general_values', 'slot', 'place', 'chunk_forward', 'group_size',
+           'token_limit', 'scan_table', 'work_of', 'saved_shape', 'scan_forward']
 
 # %% ../../nbs/lib/06_scan_cpu.ipynb #cdcbe32b
 from collections import namedtuple
@@ -19,7 +19,7 @@ from .functions import LOG2E, clamp, exp2_product, silu, softplus
 from .vector import (
     BLOCK, SIDE, STRIP, VB, WIDTH, dot_columns, flush_denormals, fma, hmax, inlined, load, load1, load_index,
     load_part, load_scalars, load_states, load_strip, max_columns, next_task, prefetch, restore, splat, store,
-    store1, store_index, store_part, store_tile, vabs, vmax, where_positive, write)
+    store1, store_index, store_part, store_tile, turn, vabs, vmax, where_positive, write)
 from .workers import (
     adjacent, arrive, at, axes_of, channels, checked, clear, constants, enter, lanes_of, launch, layout_of,
     new_table, read_row, row_of_channels)
@@ -119,7 +119,8 @@ def chunk_rows(m, task, start, steps, frame):
 def ask_for(m, field, task, steps, places):
     "Prefetch the group's first channels in the rows of a chunk."
     first = at(m, field, task.image, task.direction) + task.first * WIDTH * m[field.column]
-    for t in range(steps): prefetch(first + load_index(places + 8 * t) * m[field.row])
+    if m[field.column] == 4:   # channels side by side
+        for t in range(steps): prefetch(first + load_index(places + 8 * t) * m[field.row])
 
 @inlined
 def pack_chunk(m, task, chunk, p):
@@ -136,6 +137,14 @@ def pack_chunk(m, task, chunk, p):
 
 # %% ../../nbs/lib/06_scan_cpu.ipynb #9bc735d9
 @inlined
+def in_line(places, steps):
+    "Whether a whole chunk's rows follow one another."
+    if steps < CHUNK: return False
+    first, ok = load_index(places), True
+    for t in range(CHUNK): ok &= load_index(places + 8 * t) == first + t
+    return ok and first >= 0
+
+@inlined
 def fetch(x, places, steps, lanes, out):
     "A row of x (from `channels`) for every step, zeros where it has none; the rows' next cache lines are asked for."
     if x[2] == 4 and lanes == WIDTH:
@@ -146,6 +155,10 @@ def fetch(x, places, steps, lanes, out):
                 prefetch(p + 64)
                 v = load(p)
             store(out + t * VB, v)
+    elif x[1] == 4 and lanes == WIDTH and in_line(places, steps):
+        p = x[0] + 4 * load_index(places)
+        for i in range(WIDTH, 2 * WIDTH): prefetch(p + i * x[2])   # the next channels
+        for t in range(0, CHUNK, WIDTH): turn(p + 4 * t, x[2], out + t * VB)
     else:
         for t in range(steps):
             row, v = load_index(places + 8 * t), splat(0.0)

@@ -7,8 +7,8 @@ __all__ = ['WIDTH', 'VB', 'vec', 'BLOCK', 'SIDE', 'STRIP', 'load_states', 'load_
            'dot_rows', 'dot_columns', 'Absent', 'reason', 'Tile', 'TileModel', 'load', 'store', 'splat', 'load1',
            'store1', 'store_index', 'load_index', 'load_part', 'gather', 'store_part', 'fma', 'vmax', 'vmin', 'vabs',
            'hmax', 'lane_sums', 'where_positive', 'keep', 'hsum', 'loader', 'scalars', 'store_tile', 'repeat_strip',
-           'max_columns', 'prefetch', 'next_task', 'times_two_to', 'flush_denormals', 'restore', 'inlined', 'read',
-           'write']
+           'max_columns', 'turn', 'prefetch', 'next_task', 'times_two_to', 'flush_denormals', 'restore', 'inlined',
+           'read', 'write']
 
 # %% ../../nbs/lib/04_vector.ipynb #01320a9f
 import inspect, operator, os, platform
@@ -342,6 +342,21 @@ def _dot(over_rows):
 def _fma(builder, a, b, c): return _call(builder, f'llvm.fmuladd.v{WIDTH}f32', _VECTOR, a, b, c)
 
 dot_rows, dot_columns = _dot(True), _dot(False)
+
+# %% ../../nbs/lib/04_vector.ipynb #514f6b90
+@_op(_i64, _i64, _i64, result=_none)
+def turn(builder, p, step, out):
+    "Write the square whose WIDTH rows lie `step` bytes apart to `out`, rows as columns, one vector after another."
+    at = lambda base, i, size: _pointer(builder, builder.add(base, builder.mul(size, _int(i))), _VECTOR)
+    x, s = [builder.load(at(p, i, step), align=4) for i in range(WIDTH)], WIDTH // 2
+    while s:
+        low = ir.Constant(_INTS, [WIDTH + j - s if j & s else j for j in range(WIDTH)])
+        high = ir.Constant(_INTS, [WIDTH + j if j & s else j + s for j in range(WIDTH)])
+        for i in range(WIDTH):
+            if not i & s:
+                x[i], x[i + s] = (builder.shuffle_vector(x[i], x[i + s], lanes) for lanes in (low, high))
+        s //= 2
+    for i, v in enumerate(x): builder.store(v, at(out, i, _int(VB)), align=4)
 
 # %% ../../nbs/lib/04_vector.ipynb #7fb3bd63
 @_op(_i64, result=_none)
