@@ -167,6 +167,10 @@ def main(
     lines = forecast(plan, asked.quick)
     print(told(lines), flush=True)
     if asked.forecast: return
+    if not asked.quick:
+        for job in [job for job in plan if settings(job).get('rates') == {}]:
+            print(f'left out: {job.experiment}, whose learning rates are to be chosen first (--pilot)', flush=True)
+            plan, lines = [j for j in plan if j is not job], [line for line in lines if line['job'] is not job]
     each = [(f'{line["job"].experiment} {line["job"].config} seed {line["seed"]}',
              command(line['job'], line['given'], [line['seed']]))
             for line in lines if line['left']]
