@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from localmamba.kernels import cpu, workers
+from localmamba.kernels import cpu, cpu_scan, cpu_scan_back, workers
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(cpu.reason() is not None, reason=str(cpu.reason()))
@@ -45,6 +45,33 @@ def test_steps_side_by_side_give_the_bits_of_channels_side_by_side(T, D, turned)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     back = cpu.scan_backward(dy, None, *args, saved)
     assert equal([y, last, *back], [y2, last2, *cpu.scan_backward(dy.mT.contiguous().mT, None, *other, saved2)])
+
+def bf16_results(D):
+    "All that the three kernels return for bfloat16 inputs of D channels."
+    g = torch.Generator().manual_seed(0)
+    def r(*shape): return torch.randn(*shape, generator=g).bfloat16()
+    Bt, K, T, N = 3, 2, 37, 4
+    order = torch.stack([torch.randperm(T, generator=g) for _ in range(K)])
+    args = [r(Bt, K, T, D), r(Bt, K, T, D), -r(K, D, N).float().abs() - .1, r(Bt, K, T, N), r(Bt, K, T, N),
+            r(K, D).float(), r(Bt, T, D), r(K, D).float(), order, True, False]
+    y, last, saved = cpu.scan_forward(*args)
+    found = [y, last, *cpu.scan_backward(.3 * torch.ones_like(y), torch.ones_like(last), *args, saved)]
+    x, weight, bias, branches, factors = r(Bt, T, D), r(K, D, 4), r(K, D), r(Bt, K, T, D), r(Bt, K, D).float()
+    y = cpu.conv_forward(x, weight, bias, order)
+    found += [y, *cpu.conv_backward(.3 * torch.ones_like(y), x, weight, bias, order)]
+    pooled, moments = cpu.gate_pool(branches)
+    y = cpu.gate_sum(branches, factors)
+    return found + [pooled, moments, y, cpu.gate_factor_backward(.1 * y, branches),
+                    cpu.gate_branch_backward(.1 * y, torch.ones_like(pooled), branches, factors, moments)]
+
+@pytest.mark.parametrize('D', [16, 48, 21])   # whole vectors are read as they are, 21 channels are widened first
+def test_bf16_read_by_the_kernels_gives_the_bits_of_widening_first(D, monkeypatch):
+    short = bf16_results(D)
+    assert short[0].dtype == torch.bfloat16 and short[0].isfinite().all()
+    for module in (workers, cpu_scan, cpu_scan_back):
+        monkeypatch.setattr(module, 'kernel_form', lambda x: None if x is None else x.float())
+    wide = bf16_results(D)
+    assert [x.dtype for x in short] == [x.dtype for x in wide] and equal(short, wide)
 
 def test_same_bits_for_any_number_of_threads():
     before = torch.get_num_threads()

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from .functions import no_number, sigmoid, silu
-from localmamba.kernels.vector import (
-    VB, WIDTH, flush_denormals, fma, inlined, load, load_index, next_task, read, restore, splat, store, store_index,
-    store_part, write)
+from .vector import (
+    VB, WIDTH, flush_denormals, fma, inlined, load, load_index, next_task, restore, splat, store, store_index)
 from .workers import (
-    adjacent, arrive, at, checked, clear, enter, launch, layout_of, new_table, row_of_channels)
+    adjacent, arrive, at, checked, clear, enter, launch, layout_of, new_table, read, row_of_channels, write)
 
 # %% ../../nbs/lib/07_conv_cpu.ipynb #aedee9d1
 CONV_STEPS = 64   # steps of a task of the forward convolution
@@ -31,10 +30,10 @@ def tap_rows(m, b, k, t, zeros, rows):
 @inlined
 def tap_sum(m, k, d, lanes, rows):
     "bias + sum of weight * x over the taps."
-    out = row_of_channels(m, CALL.bias, k, d, lanes)
+    out, size = row_of_channels(m, CALL.bias, k, d, lanes), m[CALL.x.column]
     for j in range(m[CALL.taps]):
         w = read(at(m, CALL.weight, 0, k) + j * m[CALL.weight.row] + 4 * d, lanes)
-        out = fma(w, read(load_index(rows + 8 * j) + 4 * d, lanes), out)
+        out = fma(w, read(load_index(rows + 8 * j) + size * d, lanes, size), out)
     return out
 
 # %% ../../nbs/lib/07_conv_cpu.ipynb #26a00c8a
@@ -51,15 +50,15 @@ def _conv_forward(p):
         b, k = rest // m[CALL.directions], rest % m[CALL.directions]
         for t in range(chunk * CONV_STEPS, min((chunk + 1) * CONV_STEPS, m[CALL.steps])):
             tap_rows(m, b, k, t, zeros, rows)
-            out = at(m, CALL.y, b, k) + t * m[CALL.y.row]
+            out, size = at(m, CALL.y, b, k) + t * m[CALL.y.row], m[CALL.y.column]
             for v in range(m[CALL.channels] // WIDTH):
                 x = tap_sum(m, k, v * WIDTH, WIDTH, rows)
-                store(out + v * VB, silu(x))
+                write(out + v * WIDTH * size, silu(x), WIDTH, size)
             lanes = m[CALL.channels] % WIDTH
             if lanes:
                 d = m[CALL.channels] - lanes
                 x = tap_sum(m, k, d, lanes, rows)
-                store_part(out + 4 * d, silu(x), lanes)
+                write(out + 4 * d, silu(x), lanes)
         task = next_task(m.ctypes.data)
     restore(old)
 
@@ -68,19 +67,20 @@ def _conv_forward(p):
 def conv_gather(m, b, k, d, lanes, xs, dpre):
     "x along the order, the gradient before the SiLU behind it; returns the bias gradient."
     taps, steps, bias = m[CALL.taps], m[CALL.steps], row_of_channels(m, CALL.bias, k, d, lanes)
-    dbias = splat(0.0)
+    dbias, size_x, size_dy = splat(0.0), m[CALL.x.column], m[CALL.dy.column]
     clear(xs, taps - 1)
     clear(dpre + steps * VB, taps - 1)
     for t in range(steps):
         row, x = checked(m, t, load_index(m[CALL.order] + 8 * (k * steps + t))), splat(0.0)
-        if row >= 0: x = read(at(m, CALL.x, b, k) + row * m[CALL.x.row] + 4 * d, lanes)
+        if row >= 0: x = read(at(m, CALL.x, b, k) + row * m[CALL.x.row] + size_x * d, lanes, size_x)
         store(xs + (t + taps - 1) * VB, x)
         pre = bias
         for j in range(taps):
             w = read(at(m, CALL.weight, 0, k) + j * m[CALL.weight.row] + 4 * d, lanes)
             pre = fma(w, load(xs + (t + j) * VB), pre)
         s = sigmoid(pre) + no_number(pre)
-        g = read(at(m, CALL.dy, b, k) + t * m[CALL.dy.row] + 4 * d, lanes) * s * fma(pre, splat(1.0) - s, splat(1.0))
+        dy = read(at(m, CALL.dy, b, k) + t * m[CALL.dy.row] + size_dy * d, lanes, size_dy)
+        g = dy * s * fma(pre, splat(1.0) - s, splat(1.0))
         store(dpre + t * VB, g)
         dbias = dbias + g
     return dbias
@@ -130,7 +130,7 @@ def _conv_fields(x, weight, bias, order, chunk):
     m[CALL.batch], m[CALL.directions], m[CALL.steps], m[CALL.channels], m[CALL.taps] = len(x), K, L, channels, taps
     m[CALL.chunks], m[CALL.vectors] = -(-L // chunk), -(-channels // WIDTH)
     weight = weight.float().transpose(1, 2).contiguous()
-    kept = [order.to(torch.int64).contiguous(), adjacent(x), weight, adjacent(bias)]
+    kept = [order.to(torch.int64).contiguous(), adjacent(x, short=True), weight, adjacent(bias)]
     m[CALL.order], m[CALL.limit] = kept[0].data_ptr(), x.shape[1]
     m.kept.append(kept[0])
     fields = CALL.x, CALL.weight, CALL.bias
@@ -146,7 +146,7 @@ def conv_forward(
 ) -> torch.Tensor: # (Bt, K, L, D), along the orders
     "Causal depthwise convolution along every direction, then SiLU."
     m, kept = _conv_fields(x, weight, bias, order, CONV_STEPS)
-    y = torch.empty(len(x), *order.shape, x.shape[-1])
+    y = torch.empty(len(x), *order.shape, x.shape[-1], dtype=kept[1].dtype)
     enter(m, CALL.y, y, 'bkrc')
     tasks = m[CALL.batch] * m[CALL.directions] * m[CALL.chunks]
     work = 4 * m[CALL.batch] * m[CALL.directions] * m[CALL.steps] * m[CALL.vectors]
@@ -160,7 +160,7 @@ def conv_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor|None]: # gradients of x, weight, bias
     "Gradients of the convolution, the same bits at every call."
     m, kept = _conv_fields(x, weight, bias, order, CONV_STEPS)
-    dy, (K, channels, taps), batch = adjacent(dy), weight.shape, len(x)
+    dy, (K, channels, taps), batch = adjacent(dy, short=True), weight.shape, len(x)
     dx, dw, dbias = torch.empty(x.shape), torch.empty(batch, K, taps, channels), torch.empty(batch, K, channels)
     fields = CALL.dy, CALL.dx, CALL.dweight, CALL.dbias
     for field, t, axes in zip(fields, (dy, dx, dw, dbias), ('bkrc', 'brc', 'bkrc', 'bkc')):

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from .vector import (
-    VB, WIDTH, fma, hsum, inlined, keep, load, load1, load_part, next_task, read, splat, store, store1, write)
+    VB, WIDTH, fma, hsum, inlined, keep, load, load1, next_task, splat, store, store1)
 from .workers import (
-    adjacent, arrive, at, clear, enter, lanes_of, launch, layout_of, new_table)
+    adjacent, arrive, at, clear, enter, lanes_of, launch, layout_of, new_table, read, write)
 
 # %% ../../nbs/lib/08_gate_cpu.ipynb #d291d5fa
 CALL = layout_of('batch directions steps channels chunks vectors',
@@ -25,17 +25,20 @@ ROWS_A_TASK = 64   # tokens of a task of the sum
 def row_moments(m, p):
     "Mean and 1 / standard deviation of the channels of one row, eps 1e-5."
     E, full, lanes = m[CALL.channels], m[CALL.channels] // WIDTH, m[CALL.channels] % WIDTH
-    even, odd, end = splat(0.0), splat(0.0), p + full * VB
-    for v in range(0, full - 1, 2): even, odd = even + load(p + v * VB), odd + load(p + v * VB + VB)
-    if full % 2: even = even + load(end - VB)
-    mean = hsum(even + odd + load_part(end, lanes)) / np.float32(E)
-    x = keep(load_part(end, lanes) - splat(mean), lanes)
+    size, step = m[CALL.branches.column], m[CALL.branches.column] * WIDTH
+    even, odd, end, rest = splat(0.0), splat(0.0), p + full * step, splat(0.0)
+    if lanes: rest = read(end, lanes)
+    for v in range(0, full - 1, 2):
+        even, odd = even + read(p + v * step, WIDTH, size), odd + read(p + v * step + step, WIDTH, size)
+    if full % 2: even = even + read(end - step, WIDTH, size)
+    mean = hsum(even + odd + rest) / np.float32(E)
+    x = keep(rest - splat(mean), lanes)
     even, odd = x * x, splat(0.0)
     for v in range(0, full - 1, 2):
-        x, y = load(p + v * VB) - splat(mean), load(p + v * VB + VB) - splat(mean)
+        x, y = read(p + v * step, WIDTH, size) - splat(mean), read(p + v * step + step, WIDTH, size) - splat(mean)
         even, odd = fma(x, x, even), fma(y, y, odd)
     if full % 2:
-        x = load(end - VB) - splat(mean)
+        x = read(end - step, WIDTH, size) - splat(mean)
         even = fma(x, x, even)
     return mean, np.float32(1) / np.sqrt(hsum(even + odd) / np.float32(E) + np.float32(1e-5))
 
@@ -47,6 +50,7 @@ def _pool_forward(p):
     while task < m[CALL.tasks]:
         b, k = task // m[CALL.directions], task % m[CALL.directions]
         clear(sums, m[CALL.vectors])
+        size = m[CALL.branches.column]
         for t in range(m[CALL.steps]):
             p = at(m, CALL.branches, b, k) + t * m[CALL.branches.row]
             moments = at(m, CALL.moments, b, k) + t * m[CALL.moments.row]
@@ -54,7 +58,7 @@ def _pool_forward(p):
             store1(moments, mean)
             store1(moments + 4, scale)
             for v in range(m[CALL.vectors]):
-                x = read(p + v * VB, lanes_of(m[CALL.channels], v)) - splat(mean)
+                x = read(p + v * WIDTH * size, lanes_of(m[CALL.channels], v), size) - splat(mean)
                 store(sums + v * VB, fma(x, splat(scale), load(sums + v * VB)))
         part = splat(np.float32(1) / np.float32(m[CALL.steps]))
         for v in range(m[CALL.vectors]):
@@ -65,6 +69,7 @@ def _pool_forward(p):
 def _sum_forward(p):
     "Each token's sum over branches of factor times branch."
     m, scratch = arrive(p)
+    size, size_y = m[CALL.branches.column], m[CALL.summed.column]
     task = next_task(m.ctypes.data)
     while task < m[CALL.tasks]:
         b, chunk = task // m[CALL.chunks], task % m[CALL.chunks]
@@ -72,9 +77,10 @@ def _sum_forward(p):
             for v in range(m[CALL.vectors]):
                 x, lanes = splat(0.0), lanes_of(m[CALL.channels], v)
                 for k in range(m[CALL.directions]):
-                    branch = read(at(m, CALL.branches, b, k) + t * m[CALL.branches.row] + v * VB, lanes)
+                    p = at(m, CALL.branches, b, k) + t * m[CALL.branches.row] + v * WIDTH * size
+                    branch = read(p, lanes, size)
                     x = fma(read(at(m, CALL.factors, b, k) + v * VB, lanes), branch, x)
-                write(m[CALL.summed.address] + b * m[CALL.summed.image] + t * m[CALL.summed.row] + v * VB, x, lanes)
+                write(at(m, CALL.summed, b, 0) + t * m[CALL.summed.row] + v * WIDTH * size_y, x, lanes, size_y)
         task = next_task(m.ctypes.data)
 
 # %% ../../nbs/lib/08_gate_cpu.ipynb #5d877da1
@@ -86,12 +92,14 @@ def _factor_backward(p):
     while task < m[CALL.tasks]:
         b, k = task // m[CALL.directions], task % m[CALL.directions]
         clear(sums, m[CALL.vectors])
+        size = m[CALL.branches.column]
         for t in range(m[CALL.steps]):
             p = at(m, CALL.branches, b, k) + t * m[CALL.branches.row]
-            dy = at(m, CALL.dy, b, 0) + t * m[CALL.dy.row]
+            dy, size_dy = at(m, CALL.dy, b, 0) + t * m[CALL.dy.row], m[CALL.dy.column]
             for v in range(m[CALL.vectors]):
-                x = read(p + v * VB, lanes_of(m[CALL.channels], v))
-                store(sums + v * VB, fma(read(dy + v * VB, lanes_of(m[CALL.channels], v)), x, load(sums + v * VB)))
+                lanes = lanes_of(m[CALL.channels], v)
+                x, g = read(p + v * WIDTH * size, lanes, size), read(dy + v * WIDTH * size_dy, lanes, size_dy)
+                store(sums + v * VB, fma(g, x, load(sums + v * VB)))
         for v in range(m[CALL.vectors]):
             write(at(m, CALL.dfactors, b, k) + v * VB, load(sums + v * VB), lanes_of(m[CALL.channels], v))
         task = next_task(m.ctypes.data)
@@ -105,14 +113,17 @@ def branch_row_back(m, b, k, t, mean_p):
     dy, moments = at(m, CALL.dy, b, 0) + t * m[CALL.dy.row], at(m, CALL.moments, b, k) + t * m[CALL.moments.row]
     pooled, factors = at(m, CALL.pooled, b, k), at(m, CALL.factors, b, k)
     mean, scale, dot = splat(load1(moments)), load1(moments + 4), splat(0.0)
+    size, size_dy, size_out = m[CALL.branches.column], m[CALL.dy.column], m[CALL.dbranches.column]
     for v in range(m[CALL.vectors]):   # the lanes that pad pooled are zero
         lanes = lanes_of(m[CALL.channels], v)
-        dot = fma(read(p + v * VB, lanes) - mean, read(pooled + v * VB, lanes), dot)
+        dot = fma(read(p + v * WIDTH * size, lanes, size) - mean, read(pooled + v * VB, lanes), dot)
     slope = scale * scale * hsum(dot) / np.float32(m[CALL.channels])
     for v in range(m[CALL.vectors]):
         lanes = lanes_of(m[CALL.channels], v)
-        g = read(pooled + v * VB, lanes) - splat(mean_p) - splat(slope) * (read(p + v * VB, lanes) - mean)
-        write(out + v * VB, fma(read(factors + v * VB, lanes), read(dy + v * VB, lanes), splat(scale) * g), lanes)
+        x, y = read(p + v * WIDTH * size, lanes, size), read(dy + v * WIDTH * size_dy, lanes, size_dy)
+        g = read(pooled + v * VB, lanes) - splat(mean_p) - splat(slope) * (x - mean)
+        g = fma(read(factors + v * VB, lanes), y, splat(scale) * g)
+        write(out + v * WIDTH * size_out, g, lanes, size_out)
 
 def _branch_backward(p):
     "The gradient of the branches."
@@ -147,7 +158,7 @@ def gate_pool(
     branches: torch.Tensor,  # (Bt, K, T, E)
 ) -> tuple[torch.Tensor, torch.Tensor]: # (Bt, K, E), and each row's mean and scale (Bt, K, T, 2)
     "The mean over tokens of the normalised rows of each branch."
-    branches, (batch, K, T, E) = adjacent(branches), branches.shape
+    branches, (batch, K, T, E) = adjacent(branches, short=True), branches.shape
     pooled, moments = torch.empty(batch, K, E), torch.empty(batch, K, T, 2)
     _gate_call(_pool_forward, _each_branch, branches=branches, pooled=pooled, moments=moments)
     return pooled, moments
@@ -157,8 +168,9 @@ def gate_sum(
     factors: torch.Tensor,  # (Bt, K, E)
 ) -> torch.Tensor: # (Bt, T, E)
     "The sum of the branches times their factors."
-    summed = torch.empty(len(branches), *branches.shape[2:])
-    _gate_call(_sum_forward, _each_chunk, branches=adjacent(branches), factors=adjacent(factors), summed=summed)
+    given = adjacent(branches, short=True)
+    summed = torch.empty(len(branches), *branches.shape[2:], dtype=given.dtype)
+    _gate_call(_sum_forward, _each_chunk, branches=given, factors=adjacent(factors), summed=summed)
     return summed.to(branches.dtype)
 
 # %% ../../nbs/lib/08_gate_cpu.ipynb #dab2ff93
@@ -168,7 +180,8 @@ def gate_factor_backward(
 ) -> torch.Tensor: # (Bt, K, E)
     "The gradient of the factors."
     dfactors = torch.empty(*branches.shape[:2], branches.shape[3])
-    _gate_call(_factor_backward, _each_branch, branches=adjacent(branches), dy=adjacent(dy), dfactors=dfactors)
+    branches, dy = (adjacent(x, short=True) for x in (branches, dy))
+    _gate_call(_factor_backward, _each_branch, branches=branches, dy=dy, dfactors=dfactors)
     return dfactors
 
 def gate_branch_backward(
@@ -179,7 +192,8 @@ def gate_branch_backward(
     moments: torch.Tensor,  # from `gate_pool`
 ) -> torch.Tensor: # (Bt, K, T, E)
     "The gradient of the branches, through the sum and through the pooled vector."
-    dbranches, dpooled = torch.empty(branches.shape), dpooled / branches.shape[2]
-    _gate_call(_branch_backward, _each_branch, branches=adjacent(branches), dy=adjacent(dy), pooled=dpooled,
+    given, dpooled = adjacent(branches, short=True), dpooled / branches.shape[2]
+    dbranches = torch.empty(branches.shape, dtype=given.dtype)
+    _gate_call(_branch_backward, _each_branch, branches=given, dy=adjacent(dy, short=True), pooled=dpooled,
                factors=adjacent(factors), moments=moments, dbranches=dbranches)
     return dbranches.to(branches.dtype)

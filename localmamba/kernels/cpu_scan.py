@@ -19,10 +19,10 @@ from .functions import LOG2E, clamp, exp2_product, silu, softplus
 from .vector import (
     BLOCK, SIDE, STRIP, VB, WIDTH, dot_columns, flush_denormals, fma, hmax, inlined, load, load1, load_index,
     load_part, load_scalars, load_states, load_strip, max_columns, next_task, prefetch, restore, splat, store,
-    store1, store_index, store_part, store_tile, turn, vabs, vmax, where_positive, write)
+    load_short, store1, store_index, store_part, store_tile, turn, vabs, vmax, where_positive)
 from .workers import (
     adjacent, arrive, at, axes_of, channels, checked, clear, constants, enter, lanes_of, launch, layout_of,
-    new_table, read_row, row_of_channels)
+    kernel_form, new_table, read_row, row_of_channels, write)
 
 # %% ../../nbs/lib/06_scan_cpu.ipynb #bdd252bd
 CHUNK = 16               # steps of a chunk
@@ -119,7 +119,7 @@ def chunk_rows(m, task, start, steps, frame):
 def ask_for(m, field, task, steps, places):
     "Prefetch the group's first channels in the rows of a chunk."
     first = at(m, field, task.image, task.direction) + task.first * WIDTH * m[field.column]
-    if m[field.column] == 4:   # channels side by side
+    if m[field.column] <= 4:   # channels side by side
         for t in range(steps): prefetch(first + load_index(places + 8 * t) * m[field.row])
 
 @inlined
@@ -147,7 +147,12 @@ def in_line(places, steps):
 @inlined
 def fetch(x, places, steps, lanes, out):
     "A row of x (from `channels`) for every step, zeros where it has none; the rows' next cache lines are asked for."
-    if x[2] == 4 and lanes == WIDTH:
+    if x[2] == 2:
+        for t in range(steps):
+            row, v = load_index(places + 8 * t), splat(0.0)
+            if row >= 0: v = load_short(x[0] + row * x[1])
+            store(out + t * VB, v)
+    elif x[2] == 4 and lanes == WIDTH:
         for t in range(steps):
             row, v = load_index(places + 8 * t), splat(0.0)
             if row >= 0:
@@ -200,12 +205,12 @@ def prepare(m, task, v, steps, s, frame):
 def finish(m, task, v, steps, s, frame):
     "Gate and write y where its tokens lie in the image."
     lanes, step_y, gated = lanes_of(m[CALL.channels], v), m[CALL.y.row], m[CALL.z.address] != 0
-    ys = at(m, CALL.y, task.image, task.direction) + 4 * v * WIDTH
+    ys, size = at(m, CALL.y, task.image, task.direction) + v * WIDTH * m[CALL.y.column], m[CALL.y.column]
     for t in range(steps):
         token, y = load_index(frame + FRAME.tokens + 8 * t), load(s + STEP.out + t * VB)
         if token >= 0:
             if gated: y = y * load(s + STEP.gate + t * VB)
-            write(ys + token * step_y, y, lanes)
+            write(ys + token * step_y, y, lanes, size)
 
 # %% ../../nbs/lib/06_scan_cpu.ipynb #0484a564
 Values = namedtuple('Values', 'b step_b c step_c')   # addresses of B and C of a chunk, bytes from step to step
@@ -362,7 +367,7 @@ def scan_table(tensors, order, delta_softplus, along_order, saved):
     kept += order, saved
     for field, x, axes in ((CALL.u, u, axes_of(u)), (CALL.delta, delta, 'bkrc'), (CALL.D, D, 'kc'),
                            (CALL.bias, delta_bias, 'kc'), (CALL.z, z, z is not None and axes_of(z))):
-        enter(m, field, x if x is None else adjacent(x) if axes == 'kc' else x.float(), axes)
+        enter(m, field, adjacent(x) if axes == 'kc' else kernel_form(x), axes)
     for field, x in ((CALL.A, A), (CALL.B, B), (CALL.C, C)):
         enter(m, field, x.float(), 'krc' if x.dim() == 3 else 'bkrc')
     return m, kept
@@ -399,7 +404,8 @@ def scan_forward(
     "Selective scan along every direction, as the operator has it; IndexError for a token that the image has not."
     (K, L), (_, channels, N), batch = order.shape, A.shape, len(u)
     tokens = z.shape[-2] if z is not None else u.shape[-2] if not along_order else _tokens(order)
-    y = torch.empty(batch, K, tokens, channels)
+    short = u.dtype == torch.bfloat16 and channels % WIDTH == 0
+    y = torch.empty(batch, K, tokens, channels, dtype=torch.bfloat16 if short else torch.float32)
     last = (torch.empty if L else torch.zeros)(batch, K, channels, N)   # no step, no state
     saved = torch.empty(saved_shape(batch, K, L, channels, N))
     m, kept = scan_table((u, delta, A, B, C, D, z, delta_bias), order, delta_softplus, along_order, saved)

@@ -15,8 +15,9 @@ from .functions import LN2, exp_minus, no_number, sigmoid, sigmoid_of, softplus_
 from .vector import (
     BLOCK, SIDE, STRIP, VB, WIDTH, dot_columns, dot_rows, flush_denormals, fma, inlined, lane_sums, load, load2,
     load_index, load_states, load_states2, load_strip, max_columns, next_task, repeat_strip, restore, splat, store,
-    store_part, store_tile, vabs, write)
-from .workers import arrive, at, channels, clear, constants, enter, lanes_of, launch, row_of_channels
+    store_part, store_tile, vabs)
+from .workers import (
+    arrive, at, channels, clear, constants, enter, kernel_form, lanes_of, launch, row_of_channels, write)
 from .cpu_scan import (
     CALL, CHUNK, FRAME, GROUP, SIDES, STEP, TILE_BYTES, Values, decay, fetch_field, general_values, in_range,
     pack_chunk, pack_decays, pack_group, parts_of, place, scan_table, scratch_bytes, slot, token_limit,
@@ -249,7 +250,7 @@ def scan_backward(
     m[CALL.limit] = token_limit(order, along_order, (dy, z), (u, delta, B, C))
     (K, _), batch, channels, groups, rows = order.shape, len(u), A.shape[1], m[CALL.groups], delta.shape[2]
     new = torch.empty if channels else torch.zeros
-    made = dict(dy=dy.float(), dlast=None if dlast_state is None else dlast_state.float(), dA=new(batch, *A.shape),
+    made = dict(dy=kernel_form(dy), dlast=None if dlast_state is None else dlast_state.float(), dA=new(batch, *A.shape),
                 du=new(batch, K, rows, channels), ddelta=new(batch, K, rows, channels),
                 dz=None if z is None else new(batch, K, dy.shape[2], channels))
     for name, x in made.items(): enter(m, getattr(CALL, name), x, 'bkrc')

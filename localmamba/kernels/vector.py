@@ -7,8 +7,8 @@ __all__ = ['WIDTH', 'VB', 'vec', 'BLOCK', 'SIDE', 'STRIP', 'load_states', 'load_
            'dot_rows', 'dot_columns', 'Absent', 'reason', 'Tile', 'TileModel', 'load', 'store', 'splat', 'load1',
            'store1', 'store_index', 'load_index', 'load_part', 'gather', 'store_part', 'fma', 'vmax', 'vmin', 'vabs',
            'hmax', 'lane_sums', 'where_positive', 'keep', 'hsum', 'loader', 'scalars', 'store_tile', 'repeat_strip',
-           'max_columns', 'turn', 'prefetch', 'next_task', 'times_two_to', 'flush_denormals', 'restore', 'inlined',
-           'read', 'write']
+           'max_columns', 'turn', 'load_short', 'store_short', 'prefetch', 'next_task', 'times_two_to',
+           'flush_denormals', 'restore', 'inlined']
 
 # %% ../../nbs/lib/04_vector.ipynb #01320a9f
 import inspect, operator, os, platform
@@ -358,6 +358,24 @@ def turn(builder, p, step, out):
         s //= 2
     for i, v in enumerate(x): builder.store(v, at(out, i, _int(VB)), align=4)
 
+# %% ../../nbs/lib/04_vector.ipynb #5b7bff7b
+_SHORTS = ir.VectorType(ir.IntType(16), WIDTH)
+
+@_op(_i64)
+def load_short(builder, p):
+    "WIDTH bfloat16 numbers at p, widened."
+    x = builder.zext(builder.load(_pointer(builder, p, _SHORTS), align=2), _INTS)
+    return builder.bitcast(builder.shl(x, ir.Constant(_INTS, [16] * WIDTH)), _VECTOR)
+
+@_op(_i64, vec, result=_none)
+def store_short(builder, p, v):
+    "Write vector v to p as bfloat16, rounded to the nearest, ties to even; NaN stays NaN."
+    number, bits = lambda n: ir.Constant(_INTS, [n] * WIDTH), builder.bitcast(v, _INTS)
+    odd = builder.and_(builder.lshr(bits, number(16)), number(1))
+    near = builder.add(builder.add(bits, number(0x7fff)), odd)
+    near = builder.select(builder.fcmp_unordered('uno', v, v), builder.or_(bits, number(0x400000)), near)
+    builder.store(builder.trunc(builder.lshr(near, number(16)), _SHORTS), _pointer(builder, p, _SHORTS), align=2)
+
 # %% ../../nbs/lib/04_vector.ipynb #7fb3bd63
 @_op(_i64, result=_none)
 def prefetch(builder, p):
@@ -403,15 +421,3 @@ def restore(builder, old):
 def inlined(f):
     "A function inlined into the kernels."
     return numba.njit(forceinline=True)(f)
-
-# %% ../../nbs/lib/04_vector.ipynb #aed51a5a
-@inlined
-def read(p, lanes):
-    "The first `lanes` floats at p; with AVX-512 a mask costs nothing."
-    return load(p) if WIDTH < 16 and lanes == WIDTH else load_part(p, lanes)
-
-@inlined
-def write(p, v, lanes):
-    "Write the first `lanes` floats of v to p."
-    if WIDTH < 16 and lanes == WIDTH: store(p, v)
-    else: store_part(p, v, lanes)

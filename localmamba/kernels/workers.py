@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Place', 'HEAD', 'KERNELS', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'KEPT_BLOCKS', 'KEPT_FREE', 'layout_of', 'Table',
-           'new_table', 'arrive', 'at', 'channels', 'read_row', 'checked', 'constants', 'lanes_of', 'row_of_channels',
-           'clear', 'compiled', 'keep_memory', 'launch', 'adjacent', 'enter', 'axes_of']
+           'new_table', 'arrive', 'at', 'channels', 'read', 'write', 'read_row', 'checked', 'constants', 'lanes_of',
+           'row_of_channels', 'clear', 'compiled', 'keep_memory', 'launch', 'kernel_form', 'adjacent', 'enter',
+           'axes_of']
 
 # %% ../../nbs/lib/05_workers.ipynb #8e9c5c8a
 import ctypes, hashlib, inspect, os, sys, threading, warnings
@@ -18,8 +19,9 @@ import numpy as np
 import torch
 
 from .functions import EXP2, MAGIC
-from .vector import (
-    MISSING, VB, WIDTH, gather, inlined, load1, next_task, numba, read, splat, store, types)
+from localmamba.kernels.vector import (
+    MISSING, VB, WIDTH, gather, inlined, load, load1, load_part, load_short, next_task, numba, splat, store, store_part,
+    store_short, types)
 
 # %% ../../nbs/lib/05_workers.ipynb #65fb6c0d
 _COMMON = 'task', 'tasks', 'worker', 'scratch', 'scratch_step', 'limit', 'bad', 'bad_step', 'constants'
@@ -67,6 +69,19 @@ def at(m, field, b, k):
 def channels(m, field, b, k, d):
     "Address of channel d of the first row, the step to the next row, and the step to the next channel."
     return at(m, field, b, k) + d * m[field.column], m[field.row], m[field.column]
+
+@inlined
+def read(p, lanes, size=4):
+    "The first `lanes` floats at p, or WIDTH of `size` 2; with AVX-512 a mask costs nothing."
+    if size == 2: return load_short(p)
+    return load(p) if WIDTH < 16 and lanes == WIDTH else load_part(p, lanes)
+
+@inlined
+def write(p, v, lanes, size=4):
+    "Write the first `lanes` floats of v to p, or WIDTH of `size` 2."
+    if size == 2: store_short(p, v)
+    elif WIDTH < 16 and lanes == WIDTH: store(p, v)
+    else: store_part(p, v, lanes)
 
 @inlined
 def read_row(x, row, lanes):
@@ -241,10 +256,15 @@ def launch(f, m, tasks, work, scratch_bytes):
                          f'0..{m[HEAD.limit] - 1}, the tokens of the image')
 
 # %% ../../nbs/lib/05_workers.ipynb #78b49fd8
-def adjacent(x):
-    "float32 with channels adjacent; a copy only where that is not so already."
+def kernel_form(x):
+    "bfloat16 as it is where whole vectors of channels lie side by side, else float32."
     if x is None: return None
-    x = x.float()
+    return x if x.dtype == torch.bfloat16 and x.stride(-1) == 1 and x.shape[-1] % WIDTH == 0 else x.float()
+
+def adjacent(x, short=False):
+    "Channels adjacent, float32 or with `short` as `kernel_form` has it; a copy only where that is not so already."
+    if x is None: return None
+    x = kernel_form(x) if short else x.float()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 _AXES = dict(b='image', k='direction', r='row', c='column', g='column')
@@ -258,6 +278,6 @@ def enter(m, field, x, axes):
     address, *places = _places(field, axes)
     m[address] = x.data_ptr()
     m.kept.append(x)
-    for place, stride in zip(places, x.stride()): m[place] = 4 * stride
+    for place, stride in zip(places, x.stride()): m[place] = x.element_size() * stride
 
 def axes_of(x): return 'brc' if x.dim() == 3 else 'bkrc'
