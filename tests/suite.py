@@ -21,6 +21,7 @@ class Progress:
     "Which parts are done, and how long the others may take, by the seconds of an earlier run and the pace of this one."
     def __init__(self, parts, workers=2):
         known = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+        known = {part: seconds for part, seconds in known.items() if seconds > 0}
         usual = sorted(known.values())[len(known) // 2] if known else 10.
         self.expected, self.workers = {part: known.get(part, usual) for part in parts}, workers
         self.start, self.done, self.took = time.time(), 0., {}
@@ -38,7 +39,8 @@ class Progress:
 def notebooks(progress):
     "Test the library's notebooks with nbdev; True if all pass."
     command = [BIN/'nbdev_test', '--n_workers', '2', '--do_print']
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {'PYTHONUNBUFFERED': '1'})   # lines as they come
     started, other = {}, []
     for line in process.stdout:
         if found := re.match(r'Starting .*?(nbs/.*\.ipynb)', line): started[found[1]] = time.time()
