@@ -168,9 +168,12 @@ def main(
     print(told(lines), flush=True)
     if asked.forecast: return
     if not asked.quick:
-        for job in [job for job in plan if settings(job).get('rates') == {}]:
-            print(f'left out: {job.experiment}, whose learning rates are to be chosen first (--pilot)', flush=True)
-            plan, lines = [j for j in plan if j is not job], [line for line in lines if line['job'] is not job]
+        waiting = {job.experiment for job in PLAN if settings(job).get('rates') == {}}
+        if waiting: waiting.add('transfer')  # it takes their weights
+        if left := waiting & {job.experiment for job in plan}:
+            print(f'left out: {", ".join(sorted(left))}, until learning rates are chosen (--pilot)', flush=True)
+        plan = [job for job in plan if job.experiment not in waiting]
+        lines = [line for line in lines if line['job'].experiment not in waiting]
     each = [(f'{line["job"].experiment} {line["job"].config} seed {line["seed"]}',
              command(line['job'], line['given'], [line['seed']]))
             for line in lines if line['left']]
