@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from test_results import execute
+from notebooks import execute
 
 from localmamba.cost import count_flops, count_parameters
 
@@ -25,7 +25,7 @@ def project(tmp_path, monkeypatch):
 
 def test_which_gate_and_where(project, monkeypatch):
     rows = ['none', 'channel', 'both', 'both, merged']
-    text, space = execute('ablation_scattn', monkeypatch, **TOY, rows=rows, seeds=[0, 1], published=[],
+    text, space = execute('ablation_scattn', **TOY, rows=rows, seeds=[0, 1], published=[],
                           models=['local_vim_nano', 'local_vmamba_nano'])
     table = pd.read_csv(project/'ablation_scattn/digits/table.csv')
     assert table.row.tolist() == 2 * rows and (table.seeds == 2).all() and table.model.nunique() == 2
@@ -47,7 +47,7 @@ def test_which_gate_and_where(project, monkeypatch):
 @pytest.mark.slow
 def test_receptive_fields(project, monkeypatch):
     names = ['LocalVim', 'VMamba', 'DeiT']
-    text, space = execute('receptive_fields', monkeypatch, **TOY, models=names, patch_size=4, n_field=8)
+    text, space = execute('receptive_fields', **TOY, models=names, patch_size=4, n_field=8)
     table = pd.read_csv(project/'receptive_fields/digits/table.csv')
     assert table.model.tolist() == names and table.own_after_mean.between(0, 100).all()
     for run in (project/'receptive_fields/digits/runs').iterdir():
@@ -71,7 +71,7 @@ def test_the_recorded_counts_are_ours(model, name, scattn):
 def test_transfer(project, monkeypatch):
     "A backbone starts from its classifier's weights, another from scratch; records name the classifier."
     toy = dict(n_train=8, n_valid=2, iterations=2, batch_size=2, classes_images=32, classes_epochs=1, rows=['VMamba'])
-    text, space = execute('transfer', monkeypatch, **toy)
+    text, space = execute('transfer', **toy)
     table = pd.read_csv(project/'transfer/scenes/table.csv')
     assert table.row.tolist() == ['VMamba', 'VMamba, from scratch']
     assert {'AP_box_mean', 'AP_mask_mean', 'miou_mean'} <= set(table)
@@ -85,5 +85,5 @@ def test_transfer(project, monkeypatch):
     assert len(shared) > 40 and all(torch.equal(held[k], own[k]) for k in shared)
     times = [p.stat().st_mtime_ns for p in sorted((project/'transfer/scenes/runs').glob('*/metrics.json'))]
     with pytest.raises(ValueError, match="families: got 'none', which has no record of VMamba seed 0"):
-        execute('transfer', monkeypatch, **toy, families='none')
+        execute('transfer', **toy, families='none')
     assert times == [p.stat().st_mtime_ns for p in sorted((project/'transfer/scenes/runs').glob('*/metrics.json'))]

@@ -1,11 +1,7 @@
 "Detection: every row of Tables 3 and 6 counted, torchvision's detector beside ours, damaged annotations, papermill."
 import json
-import os
 import shutil
-import subprocess
-import sys
 from functools import lru_cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,8 +32,8 @@ from localmamba.models.backbone import Backbone
 from localmamba.models.weights import to_released
 from localmamba.scan import inverse_order, scan_order
 from localmamba.train import fit
+from notebooks import ROOT, execute, papermill, project, said_by
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT/'nbs/configs/coco').glob('*.yaml'))
 PAPER = {t: pd.read_csv(ROOT/f'results/paper/coco_{t}.csv').set_index('backbone') for t in ('1x', '3x', 'vitdet')}
 SMALL = dict(num_classes=10, channels=8, width=16, proposals=30, samples=(32, 16), anchor_scale=4)
@@ -471,21 +467,12 @@ def test_every_task_is_judged_on_the_classes_it_learns(names, words):
 
 # --- the experiment
 
-TINY = ['-p', 'n_train', '8', '-p', 'n_valid', '4', '-p', 'iterations', '4', '-p', 'every', '2', '-p', 'batch_size',
-        '2', '-p', 'channels', '8', '-p', 'width', '16',
-        '-p', 'model', 'test_local_vmamba', '-y', 'model_options: {}', '-p', 'panels', '2']
+TINY = dict(n_train=8, n_valid=4, iterations=4, every=2, batch_size=2, channels=8, width=16, model='test_local_vmamba',
+            model_options={}, panels=2)
 
-def papermill(folder, *args):
-    command = [sys.executable, '-m', 'papermill', ROOT/'nbs/coco.ipynb', folder/'out.ipynb', '--cwd', folder,
-               '--no-progress-bar', *args]
-    return subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          timeout=300, env=os.environ | {'PYTHONPATH': str(ROOT)})
-
-def test_experiment_trains_then_evaluates_the_checkpoint_elsewhere(tmp_path):
-    (tmp_path/'settings.ini').touch()
-    shutil.copytree(ROOT/'results/paper', tmp_path/'results/paper')
-    done = papermill(tmp_path, *TINY)
-    assert done.returncode == 0, done.stdout[-4000:]
+def test_experiment_trains_then_evaluates_the_checkpoint_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(project(tmp_path))
+    said_by(papermill(tmp_path, 'coco', '-y', json.dumps(TINY)))
     results = tmp_path/'results/coco/scenes'
     run, = (results/'runs').iterdir()
     assert {f.name for f in run.iterdir()} == {'params.json', 'env.json', 'history.csv', 'metrics.json', 'weights.pt',
@@ -499,9 +486,7 @@ def test_experiment_trains_then_evaluates_the_checkpoint_elsewhere(tmp_path):
     assert all((results/f'{name}.png').stat().st_size > 5000 for name
                in ('curves', 'losses', 'predictions', 'precision_recall'))
     rendered, = (tmp_path/'data').glob('scenes_coco-*')
-    done = papermill(tmp_path, *TINY, '-p', 'checkpoint', run/'weights.pt', '-p', 'data_dir', rendered, '-p', 'row',
-                     'LocalVMamba-T', '-p', 'table', '1x')
-    assert done.returncode == 0, done.stdout[-4000:]
+    execute('coco', **TINY, checkpoint=str(run/'weights.pt'), data_dir=str(rendered), row='LocalVMamba-T', table='1x')
     judged = pd.read_csv(tmp_path/'results/coco/coco/table.csv')
     assert judged.paper_AP_box.tolist() == [46.7] and judged.AP_box[0] == pytest.approx(table.AP_box[0], abs=1e-3)
     assert Image.open(tmp_path/'results/coco/coco/predictions.png').size[0] > 300

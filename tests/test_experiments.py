@@ -1,35 +1,18 @@
 "The experiment notebooks as their users run them: papermill in a process, interrupted or with a wrong word."
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-ROOT = Path(__file__).parent.parent
-TINY = ['-p', 'n_train', '256', '-p', 'n_valid', '64', '-p', 'epochs', '2', '-p', 'depth', '1', '-p', 'embed_dim', '16',
-        '-y', 'seeds: [0, 1]', '-y', 'rows: [horizontal, horizontal + local + SCAttn]', '-p', 'threads', '1',
-        '-p', 'model', 'local_vim_nano', '-y', 'dims: []']
+from notebooks import ROOT, execute, papermill, project, said_by
 
-
-def project(folder):
-    "A folder that counts as a project: results go there, not into this checkout."
-    (folder/'results').mkdir(parents=True)
-    (folder/'settings.ini').touch()
-    shutil.copytree(ROOT/'results/paper', folder/'results/paper')
-    return folder
-
-
-def papermill(folder, *args, **options):
-    command = [sys.executable, '-m', 'papermill', ROOT/'nbs/ablation_scan.ipynb', folder/'out.ipynb',
-               '--cwd', folder, '--no-progress-bar', *args]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True, **options)
+GIVEN = dict(n_train=256, n_valid=64, epochs=2, depth=1, embed_dim=16, seeds=[0, 1], threads=1, model='local_vim_nano',
+             rows=['horizontal', 'horizontal + local + SCAttn'], dims=[])
+TINY = '-y', json.dumps(GIVEN)
 
 
 def table(folder): return pd.read_csv(folder/'results/ablation_scan/digits/table.csv')
@@ -38,9 +21,9 @@ def table(folder): return pd.read_csv(folder/'results/ablation_scan/digits/table
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
     folder = project(tmp_path_factory.mktemp('whole'))
-    process = papermill(folder, *TINY)
-    text, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, text
+    with pytest.MonkeyPatch.context() as moved:
+        moved.chdir(folder)
+        execute('ablation_scan', **GIVEN)
     return folder
 
 
@@ -59,24 +42,21 @@ def test_table_figure_and_records(uninterrupted):
 
 def test_killed_and_started_again(uninterrupted, tmp_path):
     folder = project(tmp_path/'killed')
-    process = papermill(folder, *TINY)
+    process = papermill(folder, 'ablation_scan', *TINY, start_new_session=True)
     runs = folder/'results/ablation_scan/digits/runs'
     deadline = time.time() + 300
     while time.time() < deadline and not list(runs.glob('*/checkpoint.pt')): time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (runs.parent/'table.csv').exists() and list(runs.glob('*/history.csv'))
-    process = papermill(folder, *TINY)
-    text, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, text
+    said_by(papermill(folder, 'ablation_scan', *TINY))
     pd.testing.assert_frame_equal(table(folder).drop(columns='seconds'), table(uninterrupted).drop(columns='seconds'))
 
 
-def test_finished_runs_are_not_run_again(uninterrupted):
+def test_finished_runs_are_not_run_again(uninterrupted, monkeypatch):
     before = {f: f.stat().st_mtime_ns for f in uninterrupted.glob('results/ablation_scan/digits/runs/*/metrics.json')}
-    process = papermill(uninterrupted, *TINY)
-    text, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, text
+    monkeypatch.chdir(uninterrupted)
+    execute('ablation_scan', **GIVEN)
     assert before == {f: f.stat().st_mtime_ns for f in before}
 
 
@@ -84,9 +64,8 @@ def test_finished_runs_are_not_run_again(uninterrupted):
     (dict(rows=['diagonal']), r"rows: got \['diagonal'\]; allowed: \['horizontal'"),
     (dict(dataset='cifar'), "'dataset': got 'cifar'; allowed: digits, cifar10, folder")])
 def test_a_wrong_word_is_refused(tmp_path, monkeypatch, given, words):
-    from test_results import execute
     monkeypatch.chdir(project(tmp_path/'wrong'))
-    with pytest.raises(ValueError, match=words): execute('ablation_scan', monkeypatch, **given)
+    with pytest.raises(ValueError, match=words): execute('ablation_scan', **given)
     assert not list(Path('results').rglob('metrics.json'))
 
 

@@ -347,22 +347,22 @@ def test_photographs_of_224_pixels_from_end_to_end(photographs, tmp_path):
 def test_the_notebook_trains_and_evaluates_on_a_folder(photographs, tmp_path, monkeypatch):
     import shutil
     import pandas as pd
-    from test_results import execute
+    from notebooks import execute
     shutil.copytree(ROOT/'results/paper', tmp_path/'results/paper')
     shutil.copy(ROOT/'settings.ini', tmp_path)
     monkeypatch.chdir(tmp_path)
     told = dict(data_dir=str(photographs), n_train=0, n_valid=0, model='test_local_vim', model_options={},
                 recipe_name='paper',
                 recipe_options={'batch_size': 4, 'warmup_epochs': 0., 'epochs': 1})
-    text, trained = execute('imagenet', monkeypatch, **told)
+    text, trained = execute('imagenet', **told)
     run = trained['run']
     assert run.finished and {f.name for f
                              in run.dir.iterdir()} == {'params.json', 'env.json', 'history.csv', 'metrics.json',
                                                        'weights.pt', 'confusion.csv'}
-    text, judged = execute('imagenet', monkeypatch, **told, checkpoint=str(run.dir/'weights.pt'), epochs=0)
+    text, judged = execute('imagenet', **told, checkpoint=str(run.dir/'weights.pt'), epochs=0)
     table = pd.read_csv(tmp_path/'results/imagenet/photographs/table.csv')
     assert sorted(table.epochs_done) == [0, 1] and table.top1.nunique() == 1 and judged['run'].metrics['images'] == 8
-    again = execute('imagenet', monkeypatch, **told)[1]['run']
+    again = execute('imagenet', **told)[1]['run']
     assert again.name == run.name and len(pd.read_csv(tmp_path/'results/imagenet/photographs/table.csv')) == 2
 
 

@@ -1,37 +1,17 @@
 "results.ipynb: the README out of the records without a difference, and what it says where there are none."
-import ast
 import json
 import re
 import shutil
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
 from PIL import Image
 
 from localmamba.study import VERDICTS
+from notebooks import ROOT, execute
 
 matplotlib.use('Agg')
-ROOT = Path(__file__).parent.parent
-
-
-def execute(name, monkeypatch, **parameters):
-    "Run a notebook's code here, with other parameters; what it displays, as text, and its names."
-    shown, space = [], {'__name__': '__main__'}
-    said = lambda *things: shown.extend(getattr(it, 'data', None) or repr(it) for it in things if it is not None)
-    monkeypatch.setattr('IPython.display.display', said)
-    for cell in json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text())['cells']:
-        if cell['cell_type'] != 'code': continue
-        tree = ast.parse(''.join(cell['source']))
-        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, name, 'exec'), space)
-        if last is not None: said(eval(compile(ast.Expression(last.value), name, 'eval'), space))
-        if 'parameters' in cell['metadata'].get('tags', []): space.update(parameters)
-        plt.close('all')
-    return '\n'.join(map(str, shown)), space
-
 
 @pytest.fixture
 def records(tmp_path):
@@ -48,7 +28,7 @@ def test_the_readme_is_made_from_the_records(records, monkeypatch):
     block = '<!-- results/miniature/claims.csv -->\n'
     readme = (records/'README.md').read_text()
     (records/'README.md').write_text(readme.replace(block, f'{block}| an old table |\n'))
-    text, space = execute('results', monkeypatch, root=str(records))
+    text, space = execute('results', root=str(records))
     assert space['changed'] == ['results/miniature/claims.csv'] and space['there'] == space['names']
     assert (records/'README.md').read_text() == readme
     for path, picture in before.items():
@@ -64,7 +44,7 @@ def test_the_readme_is_made_from_the_records(records, monkeypatch):
 
 
 def test_no_records_say_what_to_run(tmp_path, monkeypatch):
-    text, space = execute('results', monkeypatch, root=str(tmp_path))
+    text, space = execute('results', root=str(tmp_path))
     for experiment in space['TO_RUN']:
         assert f'| {experiment} |' in text and f'nothing: run `make {experiment}`' in text, experiment
     assert 'configs/ablation_scan/miniature.yaml' in text
@@ -76,7 +56,7 @@ def test_the_tour_runs_and_writes_nothing(monkeypatch):
     def state(): return {p: p.stat().st_mtime_ns for p in (ROOT/'results').glob('*.*')}
     before = state()
     monkeypatch.chdir(ROOT/'nbs')
-    text, _ = execute('index', monkeypatch)
+    text, _ = execute('index')
     assert 'torch.Size([1, 10])' in text and 'horizontal + local' in text and state() == before
 
 

@@ -1,9 +1,5 @@
 "The search as experiments run it: through fit, interrupted, from checkpoints, and both notebooks in a process."
 import json
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,7 +7,6 @@ import timm
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
-from matplotlib import pyplot as plt
 from torch.testing import assert_close
 
 from localmamba.models.weights import to_released
@@ -19,8 +14,7 @@ from localmamba.runs import Run, read_csv
 from localmamba.search import (PLANTED, AlphaRecord, entropy, planted, read_directions, resolve_directions,
                                searched_directions, search_weights, top_directions, write_directions)
 from localmamba.train import fit, param_groups
-
-ROOT = Path(__file__).parent.parent
+from notebooks import execute, project
 
 
 class Fresh:
@@ -126,25 +120,15 @@ def test_a_file_of_directions_for_another_depth_is_refused(tmp_path):
     with pytest.raises(ValueError, match='got 3 layers in .*; allowed: 4'): resolve_directions(path, 4)
 
 
-TINY = ['-p', 'n_train', '128', '-p', 'n_valid', '40', '-p', 'depth', '2', '-p', 'embed_dim', '16', '-p', 'epochs', '1',
-        '-y', 'seeds: [0, 1]']
-
-
-def papermill(folder, notebook, *args):
-    command = [sys.executable, '-m', 'papermill', ROOT/f'nbs/{notebook}.ipynb', folder/'out.ipynb',
-               '--cwd', folder, '--no-progress-bar', *args]
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          timeout=600)
-    return done.returncode, done.stdout
+TINY = dict(n_train=128, n_valid=40, depth=2, embed_dim=16, epochs=1, seeds=[0, 1])
 
 
 @pytest.fixture(scope='module')
 def searches(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('searches')
-    (folder/'settings.ini').touch()
-    shutil.copytree(ROOT/'results/paper', folder/'results/paper')
-    code, text = papermill(folder, 'search_directions', *TINY)
-    assert code == 0, text
+    folder = project(tmp_path_factory.mktemp('searches'))
+    with pytest.MonkeyPatch.context() as moved:
+        moved.chdir(folder)
+        execute('search_directions', **TINY)
     return folder
 
 
@@ -164,10 +148,10 @@ def test_search_directions(searches):
     assert all((results/name).stat().st_size > 5000 for name in ('choices.png', 'alpha.png'))
 
 
-def test_ablation_search_takes_the_searches_that_are_there(searches):
+def test_ablation_search_takes_the_searches_that_are_there(searches, monkeypatch):
     before = {f: f.stat().st_mtime_ns for f in searches.glob('results/search_directions/digits/runs/*/metrics.json')}
-    code, text = papermill(searches, 'ablation_search', *TINY, '-p', 'search_epochs', '1', '-p', 'draws', '1')
-    assert code == 0, text
+    monkeypatch.chdir(searches)
+    execute('ablation_search', **TINY, search_epochs=1, draws=1)
     kept = searches.glob('results/search_directions/digits/runs/*/metrics.json')
     assert before == {f: f.stat().st_mtime_ns for f in kept}
     table = pd.read_csv(searches/'results/ablation_search/digits/table.csv')
@@ -181,32 +165,15 @@ def test_ablation_search_takes_the_searches_that_are_there(searches):
     assert (searches/'results/ablation_search/digits/table.png').stat().st_size > 5000
 
 
-def in_this_process(notebook, **given):
-    "Run the cells of a notebook here, where everything is imported already; returns its names."
-    cells = [c for c in json.loads((ROOT/f'nbs/{notebook}.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
-    space, threads = {'__name__': '__main__'}, torch.get_num_threads()
-    try:
-        for cell in cells:
-            exec(compile(''.join(cell['source']), notebook, 'exec'), space)
-            if 'parameters' in cell['metadata'].get('tags', []):
-                assert given.keys() <= space.keys()
-                space.update(given)
-    finally:
-        torch.set_num_threads(threads)
-        plt.close('all')
-    return space
-
-
 @pytest.mark.parametrize('notebook, given', [
     ('ablation_search', dict(rows=['searched', 'worst'], search_epochs=1)),
     ('ablation_scan', dict(rows=['local'], model='local_vim_nano'))])
 def test_experiments_take_a_file_of_directions(searches, notebook, given, monkeypatch):
     monkeypatch.chdir(searches)
-    plt.switch_backend('agg')
     found = next(searches.glob('results/search_directions/digits/runs/*/directions.json'))
     given = given | dict(directions=str(found), n_train=128, n_valid=40)
-    space = in_this_process(notebook, depth=2, embed_dim=16, epochs=1, seeds=[5], **given)
+    _, space = execute(notebook, depth=2, embed_dim=16, epochs=1, seeds=[5], **given)
     layers = next(d for d in space['frame'].directions if not isinstance(d[0], str))
     assert tuple(map(tuple, layers)) == tuple(read_directions(found))
     assert len(pd.read_csv(searches/f'results/{notebook}/digits/table.csv')) == 2
-    with pytest.raises(ValueError, match='allowed: 3'): in_this_process(notebook, depth=3, **given)
+    with pytest.raises(ValueError, match='allowed: 3'): execute(notebook, depth=3, **given)

@@ -1,34 +1,25 @@
 "The throughput notebook at toy size: its records, that a part can be run alone, and what it says without a GPU."
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-TINY = ['-y', 'shapes: [[1, 16, 20, 4]]', '-y', 'models: [test_local_vim, test_local_vmamba]',
-        '-y', 'train_models: [test_local_vim]', '-y', 'token_sizes: [32, 64]', '-y', 'peers: [test_vit]',
-        '-y', 'limit_shapes: [[1, 2, 16, 20, 4], [1, 2, 16, 20, 8]]', '-p', 'compiled', 'False',
-        '-p', 'img_size', '32', '-p', 'batch_size', '2', '-p', 'repeats', '1', '-p', 'max_seconds', '1',
-        '-p', 'threads', '1', '-p', 'device', 'toy', '-p', 'gpu_batch_size', '2', '-p', 'small_batch', '16']
+from notebooks import execute, papermill, project, said_by
 
-
-def papermill(folder, *args):
-    (folder/'settings.ini').touch()
-    command = [sys.executable, '-m', 'papermill', ROOT/'nbs/throughput.ipynb', folder/'out.ipynb',
-               '--cwd', folder, '--no-progress-bar', *args]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+TINY = dict(shapes=[[1, 16, 20, 4]], models=['test_local_vim', 'test_local_vmamba'], train_models=['test_local_vim'],
+            token_sizes=[32, 64], peers=['test_vit'], limit_shapes=[[1, 2, 16, 20, 4], [1, 2, 16, 20, 8]],
+            compiled=False, img_size=32, batch_size=2, repeats=1, max_seconds=1, threads=1, device='toy',
+            gpu_batch_size=2, small_batch=16, n_sizes=20)
 
 
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('toy')
-    done = papermill(folder, *TINY, '-y', 'parts: [scan, limit, models, peers, rest, tokens]')
-    assert done.returncode == 0, done.stdout + done.stderr
+    folder = project(tmp_path_factory.mktemp('toy'))
+    with pytest.MonkeyPatch.context() as moved:
+        moved.chdir(folder)
+        execute('throughput', **TINY, parts=['scan', 'limit', 'models', 'peers', 'rest', 'tokens'])
     return folder/'results/throughput/toy'
 
 
@@ -86,8 +77,8 @@ def test_figures_and_provenance(toy):
 @pytest.mark.slow
 def test_one_part_alone_and_no_gpu(toy, tmp_path):
     shutil.copytree(toy, tmp_path/'results/throughput/toy')
-    done = papermill(tmp_path, *TINY, '-y', 'parts: [gpu]')
-    assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path/'settings.ini').touch()
+    said_by(papermill(tmp_path, 'throughput', '-y', json.dumps(TINY | dict(parts=['gpu']))))
     copied = tmp_path/'results/throughput/toy'
     assert {f.name for f in copied.iterdir()} == {f.name for f in toy.iterdir()}
     for name in ('table.csv', 'env.json'): assert (copied/name).read_bytes() == (toy/name).read_bytes()
@@ -95,7 +86,6 @@ def test_one_part_alone_and_no_gpu(toy, tmp_path):
 
 
 def test_a_wrong_part_is_refused(tmp_path, monkeypatch):
-    from test_results import execute
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"parts: \['memory'\] are unknown; allowed: scan, limit, models"):
-        execute('throughput', monkeypatch, parts=['memory'])
+        execute('throughput', parts=['memory'])

@@ -346,10 +346,10 @@ def test_no_card_without_a_finished_run(tmp_path):
 def test_try_it_draws_what_is_chosen(monkeypatch, tmp_path):
     ipywidgets = pytest.importorskip('ipywidgets')
     from PIL import Image
-    from test_results import execute
+    from notebooks import execute
     photo = tmp_path/'photo.png'
     Image.effect_noise((90, 60), 80).convert('RGB').save(photo)
-    _, page = execute('try_it', monkeypatch, photo=str(photo), steps=1)
+    _, page = execute('try_it', photo=str(photo), steps=1)
     controls = page['Controls'](ipywidgets, str(photo))
     before = controls.depends.value, controls.read.value
     controls.tokens.children[0].children[0].click()
