@@ -159,8 +159,8 @@ def test_half(small_tiles, dtype):
 
 
 @runs
-@pytest.mark.parametrize('taps,bias,layout', [(4, True, 'sliced'), slow(1, False, 'transposed'), (8, True, 'expanded'),
-                                              slow(3, False, 'contiguous')])
+@pytest.mark.parametrize('taps,bias,layout', [
+    (4, True, 'sliced'), slow(1, False, 'transposed'), slow(8, True, 'expanded'), slow(3, False, 'contiguous')])
 def test_conv(small_tiles, taps, bias, layout):
     g = torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)

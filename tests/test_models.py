@@ -3,9 +3,8 @@ import copy
 import io
 import json
 import pickle
+import runpy
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -174,8 +173,9 @@ def test_compile(backend, kwargs):
         for ours, expected in zip(*gradients): assert_close(ours, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_command_line_says_what_is_there():
-    text = subprocess.run([sys.executable, '-m', 'localmamba'], capture_output=True, text=True, check=True).stdout
+def test_the_command_line_says_what_is_there(capsys):
+    runpy.run_module('localmamba', run_name='__main__')
+    text = capsys.readouterr().out
     for word in ('localmamba', 'torch', 'device', 'reference', 'numba', 'mamba_ssm'): assert word in text
 
 
