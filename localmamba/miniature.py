@@ -145,7 +145,7 @@ def pilot(
     if failed := run_all(calls, processes): raise SystemExit(f'failed: {", ".join(failed)}')
     families = collect('families', 'pilot').rename(columns={'row': 'model'})
     table = pd.concat([collect('ablation_scan', 'pilot'), families])
-    table = table.pivot_table('top1', 'model', 'lr', sort=False).round(2).reset_index()
+    table = table.pivot_table('top1', 'model', 'lr', sort=False).sort_index(axis=1).round(2).reset_index()
     write_csv(project_root()/'results/miniature/pilot.csv', table)
     print(table.to_string(index=False))
 
