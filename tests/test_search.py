@@ -177,3 +177,17 @@ def test_experiments_take_a_file_of_directions(searches, notebook, given, monkey
     assert tuple(map(tuple, layers)) == tuple(read_directions(found))
     assert len(pd.read_csv(searches/f'results/{notebook}/digits/table.csv')) == 2
     with pytest.raises(ValueError, match='allowed: 3'): execute(notebook, depth=3, **given)
+
+
+def test_families_searches_where_no_file_is_given(tmp_path, monkeypatch):
+    "One supernet, of `search_seed`, serves every seed; given as a file its list is another's run of the same name."
+    monkeypatch.chdir(project(tmp_path))
+    row = 'LocalVMamba, searched'
+    given = dict(rows=[row], n_train=32, n_valid=16, epochs=1, seeds=[3, 4], search_seed=2)
+    _, space = execute('families', **given)
+    found, = tmp_path.glob('results/search_directions/digits/runs/*/directions.json')
+    assert space['SEARCHED'][row] == read_directions(found) and '-seed-2-' in str(found)
+    assert {json.dumps(run.params['directions']) for run in space['runs']} == {json.dumps(read_directions(found))}
+    before = [run.name for run in space['runs']]
+    _, space = execute('families', **given, searched_vmamba=str(found))
+    assert [run.name for run in space['runs']] == before
