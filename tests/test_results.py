@@ -40,7 +40,7 @@ def test_the_readme_is_made_from_the_records(records, monkeypatch):
     assert answered and not answered & set(space['earlier'].claim), 'no claim has two verdicts'
     assert (records/'results/miniature/claims.csv').exists()
     assert '**51.15 ± 0.76**' in text and '**76.20**' in text, 'the best of what was measured, and of what is quoted'
-    assert 'cross measured' in text.replace('  ', ' ') and '7861f7e9' in text
+    assert 'cross measured' in text.replace('  ', ' ') and 'd5fd3223' in text
 
 
 def test_no_records_say_what_to_run(tmp_path, monkeypatch):
