@@ -126,6 +126,7 @@ def test_only_one_output_used(small_tiles, loss): compare(*make(**SMALL), loss=l
 
 
 @runs
+@pytest.mark.slow
 def test_small_steps_and_long_memory(small_tiles):
     "Δ from 1e-9 to 100: the softplus keeps its digits, nothing overflows."
     inputs, order = make(without=('delta_bias', 'z'), **SMALL)

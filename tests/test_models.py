@@ -161,7 +161,7 @@ def test_export(name):
 needs_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='no C++ compiler')
 
 @pytest.mark.parametrize('backend, kwargs', ids=['traced', 'compiled'], argvalues=[
-    ('aot_eager', {}), pytest.param('inductor', {'depth': 1}, marks=needs_compiler)])
+    ('aot_eager', {}), pytest.param('inductor', {'depth': 1}, marks=[needs_compiler, pytest.mark.slow])])
 def test_compile(backend, kwargs):
     "One graph, forward and backward; the compiler itself is slow on a CPU, so it gets one small model."
     for name in NAMES[:1] if kwargs else NAMES:
