@@ -55,8 +55,10 @@ def seconds_of(
     for path in folder.glob('*/metrics.json'):
         params, metrics = read_json(path.with_name('params.json')) or {}, read_json(path) or {}
         row = str(params.get('row')).removesuffix(', from scratch')  # a second start of the same row
+        own = (given.get('rates') or {}).get(row.removesuffix(', searched'))  # a family's own learning rate
+        asked = given | ({} if own is None else {'lr': own})
         named = row in given.get('rows', [row])
-        mine = named and params.get('seed') == seed and all(params[k] == v for k, v in given.items() if k in params
+        mine = named and params.get('seed') == seed and all(params[k] == v for k, v in asked.items() if k in params
                                                             and k != 'epochs')
         if mine: found.append(metrics.get('seconds', 0.))
     return found
@@ -88,9 +90,9 @@ def told(
         own = [line for line in lines if (line['job'].experiment, line['job'].config) == (experiment, config)]
         done, left, spent, ahead = (sum(line[k] for line in own) for k in ('done', 'left', 'hours_done', 'hours_left'))
         runs, hours = f'{done:4d} runs done, {left:4d} left', f'{spent:6.2f} core-hours spent, {ahead:6.2f} ahead'
-        text.append(f'{experiment:18} {config:15} {runs}; {hours}')
+        text.append(f'{experiment:18} {config:18} {runs}; {hours}')
     spent, ahead = (sum(line[k] for line in lines) for k in ('hours_done', 'hours_left'))
-    return '\n'.join([*text, f'{"in all":34} {spent:6.2f} core-hours spent, {ahead:6.2f} ahead'])
+    return '\n'.join([*text, f'{"in all":37} {spent:6.2f} core-hours spent, {ahead:6.2f} ahead'])
 
 # %% ../nbs/lib/43b_miniature.ipynb #63f932c8
 def command(

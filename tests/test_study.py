@@ -9,7 +9,7 @@ import yaml
 from scipy import stats
 
 from localmamba import study
-from localmamba.miniature import PLAN, forecast, settings
+from localmamba.miniature import PLAN, forecast, seconds_of, settings
 from localmamba.runs import run_name
 
 ROOT = Path(__file__).parent.parent
@@ -136,3 +136,15 @@ def test_the_plan_is_what_the_configurations_say():
     order = [(line['job'].wave, line['seed']) for line in lines]
     assert order == sorted(order), 'seeds are the outer loop of a wave'
     assert sum(line['hours_done'] + line['hours_left'] for line in lines) < 45
+
+
+def test_a_family_with_a_rate_of_its_own_is_counted(tmp_path):
+    job = next(job for job in PLAN if (job.experiment, job.config) == ('families', 'miniature'))
+    given = settings(job, root=ROOT)
+    own = {'row': 'Swin', 'seed': 1, 'lr': given['rates']['Swin'], 'n_train': given['n_train']}
+    for i, changed in enumerate(({}, {'lr': given['lr']}, {'seed': 2}, {'row': 'LocalVim, searched'})):
+        folder = tmp_path/f'results/families/miniature/runs/{i}'
+        folder.mkdir(parents=True)
+        (folder/'params.json').write_text(json.dumps(own | changed))
+        (folder/'metrics.json').write_text('{"seconds": 7}')
+    assert seconds_of(job, given, 1, tmp_path) == [7]
