@@ -308,8 +308,9 @@ def said(
     "A difference in words."
     if np.isnan(line['mean']): return ''
     if np.isnan(line['low']): return f'{line["mean"]:+.2f}, one pair'
+    again = ', trained longer' if line.get('stage') == 2 else ''
     return (f'{line["mean"]:+.2f} points, 95 % interval {line["low"]:+.2f} to {line["high"]:+.2f}, '
-            f'{line["pairs"]} pairs, corrected p = {line["p"]:.2g}')
+            f'{line["pairs"]} pairs, corrected p = {line["p"]:.2g}{again}')
 
 def show_verdicts(
     table: pd.DataFrame,  # from `judge`
@@ -325,10 +326,17 @@ def verdicts(
     record: str = 'miniature',  # folder of records under results/<experiment>
     experiment: str = '',  # only the claims of this one; '': all
     root=None,  # folder that holds `results`
-) -> pd.DataFrame:  # see `judge`
-    "The study's page of verdicts, corrected for all its claims, from records alone."
-    frames = {name: collect(name, record, root) for name in dict.fromkeys(claim.experiment for claim in CLAIMS)}
-    table = judge(CLAIMS, frames)
+    second: str = 'longer',  # folder of the records that decide what those leave undecided
+) -> pd.DataFrame:  # see `judge`; column stage: 1, or 2 where `second` decides
+    "The study's page of verdicts, from records alone."
+    def judged(claims, folder):
+        return judge(claims, {name: collect(name, folder, root) for name in {claim.experiment for claim in claims}})
+    table = judged(CLAIMS, record).assign(stage=1)
+    left = table.index[table.verdict == 'not decided']
+    if len(left):
+        again = judged([CLAIMS[i] for i in left], second).assign(stage=2).set_axis(left)
+        again = again[again.pairs > 1]
+        table.loc[again.index, again.columns] = again
     return table[table.experiment == experiment].reset_index(drop=True) if experiment else table
 
 def own_verdicts(
