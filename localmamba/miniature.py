@@ -28,7 +28,9 @@ PLAN = [Job('ablation_scan', 'miniature', 6, 5), Job('ablation_scan', 'miniature
         Job('families', 'miniature', 8, 6, 2), Job('ablation_search', 'miniature', 6, 8, 3),
         Job('ablation_scattn', 'miniature', 8, 6, 4), Job('transfer', 'miniature', 8, 4, 5),
         Job('families', 'miniature_searched', 2, 5, 6), Job('ablation_scan', 'miniature_more', 6, 6, 6),
-        Job('receptive_fields', 'miniature', 5, 5, 6)]
+        Job('receptive_fields', 'miniature', 5, 5, 6),
+        Job('ablation_scan', 'longer', 2, 5, 7), Job('ablation_scan', 'longer_maps', 3, 10, 7),
+        Job('ablation_search', 'longer', 4, 8, 8)]
 QUICK = dict(record='quick', n_train=256, n_valid=128, epochs=1, search_epochs=1, seeds=[0], families='quick',
              iterations=8)
 
