@@ -29,8 +29,8 @@ PLAN = [Job('ablation_scan', 'miniature', 6, 5), Job('ablation_scan', 'miniature
         Job('ablation_scattn', 'miniature', 8, 6, 4), Job('transfer', 'miniature', 8, 4, 5),
         Job('families', 'miniature_searched', 2, 5, 6), Job('ablation_scan', 'miniature_more', 6, 6, 6),
         Job('receptive_fields', 'miniature', 5, 5, 6),
-        Job('ablation_scan', 'longer', 2, 5, 7), Job('ablation_scan', 'longer_maps', 3, 10, 7),
-        Job('ablation_search', 'longer', 4, 8, 8)]
+        Job('ablation_scan', 'longer', 6, 3, 7), Job('ablation_scan', 'longer_maps', 3, 5, 8),
+        Job('ablation_search', 'longer', 4, 4, 10)]
 QUICK = dict(record='quick', n_train=256, n_valid=128, epochs=1, search_epochs=1, seeds=[0], families='quick',
              iterations=8)
 
