@@ -76,9 +76,9 @@ def _find_parameters(cells):  # executed cells, the last one calling check_param
 # %% ../nbs/lib/27b_parameters.ipynb #9c3c636c
 def comments(
     source: str,  # of a parameters cell
-) -> dict:  # name: the comment on its line
+) -> dict:  # name: the comment on its last line
     "What a cell of assignments says about each name."
-    said, names = {}, {node.lineno: ast.unparse(getattr(node, 'targets', [getattr(node, 'target', None)])[0])
+    said, names = {}, {node.end_lineno: ast.unparse(getattr(node, 'targets', [getattr(node, 'target', None)])[0])
                        for node in ast.parse(source).body if isinstance(node, (ast.Assign, ast.AnnAssign))}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and token.start[0] in names:

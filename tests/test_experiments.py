@@ -8,6 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from localmamba.files import read_yaml
+from localmamba.parameters import comments, compare_parameters, refuse_values
 from notebooks import ROOT, execute, papermill, project, said_by
 
 GIVEN = dict(n_train=256, n_valid=64, epochs=2, depth=1, embed_dim=16, seeds=[0, 1], threads=1, model='local_vim_nano',
@@ -79,3 +81,18 @@ def test_an_experiment_has_one_parameters_cell_and_its_outputs(path):
     assert len(tagged) == 1
     assert notebook['metadata']['kernelspec']['language'] == 'python'
     assert any(c.get('outputs') for c in notebook['cells'])
+
+
+CONFIGS = sorted((ROOT/'nbs/configs').glob('*/*.yaml'))
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: f'{p.parent.name}/{p.stem}')
+def test_a_notebook_accepts_its_configurations(path):
+    "Names, kinds and values, as papermill would give them."
+    cells = json.loads((ROOT/f'nbs/{path.parent.name}.ipynb').read_text())['cells']
+    source = next(''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', []))
+    given = read_yaml(path.read_text(encoding='utf-8'))
+    injected = '# Parameters\n' + '\n'.join(f'{name} = {value!r}' for name, value in given.items())
+    defaults, said = compare_parameters([source, injected, 'check_parameters()'])
+    assert said == given
+    refuse_values(defaults, defaults | given, comments(source))
