@@ -120,20 +120,27 @@ def recipe_cell(experiment, given):
             return space['recipe']
 
 
-OWN = {'row', 'directions', 'scattn', 'scattn_at', 'seed', 'model', 'draw', 'search', 'epochs'}
+OWN = {'row', 'controls', 'directions', 'scattn', 'scattn_at', 'seed', 'model', 'draw', 'search', 'epochs'}
 
 @pytest.mark.parametrize('experiment', ['ablation_scan', 'ablation_scattn', 'ablation_search', 'search_directions',
                                         'receptive_fields'])
 def test_the_names_of_recorded_runs_have_not_changed(experiment):
     "Every record is of a configuration, which finds it again; the searches of `families` are of that notebook's."
-    config = lambda path: recipe_cell(experiment, yaml.safe_load(path.read_text()))
     plain = lambda recipe: {k: v for k, v in recipe.items() if k not in OWN}
-    recipes = [plain(config(path)) for path in (ROOT/f'nbs/configs/{experiment}').glob('miniature*.yaml')]
-    for folder in (ROOT/f'results/{experiment}/miniature/runs').glob('*'):
-        params = json.loads((folder/'params.json').read_text())
-        assert run_name(params, 'x')[-8:] == folder.name[-8:]
-        if experiment == 'search_directions' and 'row' in params: continue
-        assert any(recipe == {k: params.get(k) for k in recipe} for recipe in recipes)
+    recipes, seen = {}, 0
+    for path in (ROOT/f'nbs/configs/{experiment}').glob('*.yaml'):
+        given = yaml.safe_load(path.read_text())
+        record = given.get('record') or given.get('dataset', '')
+        if record in ('miniature', 'longer', 'cifar10'):
+            recipes.setdefault(record, []).append(plain(recipe_cell(experiment, given)))
+    for record, allowed in recipes.items():
+        for folder in (ROOT/f'results/{experiment}/{record}/runs').glob('*'):
+            params = json.loads((folder/'params.json').read_text())
+            assert run_name(params, 'x')[-8:] == folder.name[-8:]
+            if experiment == 'search_directions' and 'row' in params: continue
+            assert plain(params) in allowed
+            seen += 1
+    assert seen
 
 
 def test_the_table_of_scans_is_made_from_the_raw_metrics():
