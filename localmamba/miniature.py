@@ -28,9 +28,10 @@ PLAN = [Job('ablation_scan', 'miniature', 6, 5), Job('ablation_scan', 'miniature
         Job('families', 'miniature', 8, 6, 2), Job('ablation_search', 'miniature', 6, 8, 3),
         Job('ablation_scattn', 'miniature', 8, 6, 4), Job('transfer', 'miniature', 8, 4, 5),
         Job('families', 'miniature_searched', 2, 5, 6), Job('ablation_scan', 'miniature_more', 6, 6, 6),
-        Job('receptive_fields', 'miniature', 5, 5, 6),
-        Job('ablation_scan', 'longer', 6, 3, 7), Job('ablation_scan', 'longer_maps', 3, 5, 8),
-        Job('ablation_search', 'longer', 4, 4, 10)]
+        Job('receptive_fields', 'miniature', 5, .1, 6),
+        Job('ablation_scan', 'longer', 6, 5, 7), Job('ablation_scan', 'longer_maps', 3, 4.5, 8),
+        Job('ablation_scattn', 'longer', 3, 2, 9), Job('ablation_scattn', 'longer_maps', 3, 3, 9),
+        Job('families', 'longer', 3, 4, 10)]
 QUICK = dict(record='quick', n_train=256, n_valid=128, epochs=1, search_epochs=1, seeds=[0], families='quick',
              iterations=8)
 
@@ -62,7 +63,7 @@ def seconds_of(
         named = row in given.get('rows', [row])
         mine = named and params.get('seed') == seed and all(params[k] == v for k, v in asked.items() if k in params
                                                             and k != 'epochs')
-        if mine: found.append(metrics.get('seconds', 0.))
+        if mine: found.append(0. if 'taken_from' in metrics else metrics.get('seconds', 0.))
     return found
 
 def forecast(
@@ -174,7 +175,7 @@ def main(
     if asked.forecast: return
     if not asked.quick:
         waiting = {job.experiment for job in PLAN if settings(job).get('rates') == {}}
-        if waiting: waiting.add('transfer')  # it takes their weights
+        if waiting: waiting |= {'transfer', 'receptive_fields'}  # they take their weights
         if left := waiting & {job.experiment for job in plan}:
             print(f'left out: {", ".join(sorted(left))}, until learning rates are chosen (--pilot)', flush=True)
         plan = [job for job in plan if job.experiment not in waiting]

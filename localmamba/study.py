@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'DIGITS', 'ALPHA', 'MARGIN', 'VERDICTS', 'VIM', 'VMAMBA', 'CLAIMS', 'recipe_of', 'kept_as', 'check_rows',
-           'small_model', 'model_facts', 'one_by_one', 'runs_frame', 'histories', 'row_table', 'present', 'finish',
-           'pairs', 'difference', 'between_rows', 'holm', 'verdict', 'Claim', 'judge', 'said', 'show_verdicts',
-           'verdicts', 'own_verdicts']
+           'small_model', 'model_facts', 'same_training', 'one_by_one', 'runs_frame', 'histories', 'row_table',
+           'present', 'finish', 'pairs', 'difference', 'between_rows', 'holm', 'verdict', 'Claim', 'judge', 'said',
+           'show_verdicts', 'verdicts', 'own_verdicts']
 
 # %% ../nbs/lib/43_study.ipynb #fc0556e2
 import logging
@@ -21,7 +21,7 @@ from .files import identity
 from .memory import DATASETS
 from .models.backbone import made
 from .progress import StatusLine, one_place
-from .runs import collect, dataset_name, project_root, summarise
+from .runs import collect, dataset_name, project_root, read_json, results_dir, summarise
 import localmamba.models.localvim, localmamba.models.localvmamba
 
 # %% ../nbs/lib/43_study.ipynb #28a021cc
@@ -88,6 +88,23 @@ def model_facts(
     return {'params_m': count_parameters(net) / 1e6, **flops}
 
 # %% ../nbs/lib/43_study.ipynb #f00236dc
+def same_training(
+    experiment: str,  # whose records are looked through
+    record: str,  # their folder under results/<experiment>
+    asked: dict,  # all parameters of a training
+    other=(),  # names of parameters that need not agree
+    unless: dict | None = None,  # name -> value, for parameters that only one of the two has
+    root=None,  # of the project
+) -> dict:  # its metrics, and where they are from; {} where there is none
+    "The outcome of a training that another experiment has recorded."
+    unless = unless or {}
+    for path in sorted((results_dir(experiment, record, root)/'runs').glob('*/metrics.json')):
+        params, metrics = read_json(path.with_name('params.json')) or {}, read_json(path) or {}
+        names = (set(params) | set(asked)) - set(other)
+        if all(params.get(name, unless.get(name)) == asked.get(name, unless.get(name)) for name in names):
+            return metrics | {'taken_from': f'{experiment}/{record}/runs/{path.parent.name}'}
+    return {}
+
 def one_by_one(
     train_one,  # a function of the arguments of a training; it gives the finished `Run`
     asked,  # these arguments: a tuple a training
@@ -327,6 +344,7 @@ def verdicts(
     experiment: str = '',  # only the claims of this one; '': all
     root=None,  # folder that holds `results`
     second: str = 'longer',  # folder of the records that decide what those leave undecided
+    enough: int = 8,  # pairs that they need for it
 ) -> pd.DataFrame:  # see `judge`; column stage: 1, or 2 where `second` decides
     "The study's page of verdicts, from records alone."
     def judged(claims, folder):
@@ -335,7 +353,7 @@ def verdicts(
     left = table.index[table.verdict == 'not decided']
     if len(left):
         again = judged([CLAIMS[i] for i in left], second).assign(stage=2).set_axis(left)
-        again = again[again.pairs > 1]
+        again = again[again.pairs >= enough]
         table.loc[again.index, again.columns] = again
     return table[table.experiment == experiment].reset_index(drop=True) if experiment else table
 

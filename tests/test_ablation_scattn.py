@@ -1,4 +1,5 @@
 "ablation_scattn and receptive_fields at toy size, and the counts that tell which gate made the published numbers."
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from notebooks import execute
 
 from localmamba.cost import count_flops, count_parameters
+from localmamba.families import family
 
 ROOT = Path(__file__).parent.parent
 TOY = dict(n_train=64, n_valid=32, epochs=1, depth=1, depths=[1, 1], embed_dim=16, dims=[16, 16])
@@ -56,6 +58,30 @@ def test_receptive_fields(project, monkeypatch):
         for field in fields.values(): assert field.shape == (32, 32) and np.isclose(field.sum(), 1, atol=1e-4)
     vim = np.load(next((project/'receptive_fields/digits/runs').glob('DeiT*/fields.npz')))
     assert (vim['before'] > 0).all(), 'attention sees every pixel'
+
+
+def test_receptive_fields_of_trained_families(project, monkeypatch):
+    "Nothing is trained: a model as its seed makes it, and with the weights that families kept."
+    told = dict(models=['VMamba'], seeds=[3], side=28, patch_size=4, n_train=16, n_valid=8, n_field=4)
+    with pytest.raises(ValueError, match="families: got 'toy', which has no record of VMamba seed 3"):
+        execute('receptive_fields', **told, families='toy')
+    source = project/'families/toy/runs/VMamba-seed-3'
+    source.mkdir(parents=True)
+    (source/'params.json').write_text(json.dumps(dict(row='VMamba', seed=3, patch_size=4)))
+    (source/'metrics.json').write_text(json.dumps(dict(top1=12.5)))
+    with pytest.raises(FileNotFoundError, match='not on this machine; delete its folder'):
+        execute('receptive_fields', **told, families='toy')
+    torch.manual_seed(5)
+    trained = family('VMamba', 10, 28, 4)
+    torch.save({'model': trained.state_dict()}, source/'weights.pt')
+    text, space = execute('receptive_fields', **told, families='toy')
+    [run] = space['runs']
+    assert (run.metrics['top1'], run.params['weights'], run.params['model']) == (12.5, source.name, 'VMamba')
+    assert 'lr' not in run.params and not (run.dir/'history.csv').exists()
+    fields = np.load(run.dir/'fields.npz')
+    np.testing.assert_array_equal(fields['after'], space['field_of'](trained))
+    torch.manual_seed(3)
+    np.testing.assert_array_equal(fields['before'], space['field_of'](family('VMamba', 10, 28, 4)))
 
 
 @pytest.mark.parametrize('model, name, scattn', [('local_vim_tiny', 'LocalVim-T', 'both'),
