@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FACTS', 'SCATTN_PLACES', 'MERGES', 'pack', 'unpack', 'Described', 'facts_in', 'without_facts', 'check_directions',
            'layer_directions', 'check_sizes', 'check_choice', 'fixed_size', 'check_map', 'check_tokens',
-           'start_weights', 'ScanMixer', 'VimMixer', 'SS2D']
+           'start_weights', 'ScanMixer', 'by_direction', 'VimMixer', 'SS2D']
 
 # %% ../nbs/lib/11_mixer.ipynb #536bfb7e
 import json
@@ -258,16 +258,52 @@ class ScanMixer(Described):
 
     def extra_repr(self): return f'dim={self.dim}, directions={self.directions}, padding={self.padding!r}'
 
+# %% ../nbs/lib/11_mixer.ipynb #43696370
+class _ByDirection(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight):
+        return (weight @ x.mT).mT.contiguous() if weight.shape[-2] < weight.shape[-1] else x @ weight.mT
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, dx, dweight):
+        x, weight = ctx.saved_tensors
+        parts = [] if dx is None else [dx @ weight.mT]
+        return sum(parts if dweight is None else [*parts, x @ dweight.mT])
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        down = weight.shape[-2] < weight.shape[-1]
+        dx = dy @ weight if down else (weight.mT @ dy.mT).mT
+        return dx, (dy.mT @ x if down else (x.mT @ dy).mT).sum(0)
+
+def by_direction(
+    x: Tensor,  # (B, K, L, I)
+    weight: Tensor,  # (K, O, I)
+) -> Tensor:  # (B, K, L, O)
+    "A linear map of its own for each direction."
+    trained = x.device.type == 'cpu' and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    rewritten = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled('cpu')
+    return _ByDirection.apply(x, weight) if trained and not rewritten else x @ weight.mT
+
+
 # %% ../nbs/lib/11_mixer.ipynb #7832cfbe
 @patch
 def project(self: ScanMixer,
     u: Tensor,  # (B, K, L, E) what enters the scan, or (B, 1, L, E) if the directions share it
 ) -> tuple[Tensor, Tensor, Tensor]:  # delta (B, K, L, E) before its bias and softplus; B and C (B, K, L, N)
     "The input-dependent parameters of the scan."
-    if u.shape[1] > 1: projected = u @ self.x_proj.mT
+    if u.shape[1] > 1: projected = by_direction(u, self.x_proj)
     else: projected = F.linear(u[:, 0], self.x_proj.flatten(0, 1)).unflatten(-1, self.x_proj.shape[:2]).transpose(1, 2)
     dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], -1)
-    return dt @ self.dt_proj.mT, B, C
+    return by_direction(dt, self.dt_proj), B, C
 
 # %% ../nbs/lib/11_mixer.ipynb #7e0594d9
 @patch

@@ -62,7 +62,7 @@ def test_receptive_fields(project, monkeypatch):
 
 def test_receptive_fields_of_trained_families(project, monkeypatch):
     "Nothing is trained: a model as its seed makes it, and with the weights that families kept."
-    told = dict(models=['VMamba'], seeds=[3], side=28, patch_size=4, n_train=16, n_valid=8, n_field=4)
+    told = dict(models=['VMamba'], seeds=[3], patch_size=4, n_train=16, n_valid=16, n_field=4)
     with pytest.raises(ValueError, match="families: got 'toy', which has no record of VMamba seed 3"):
         execute('receptive_fields', **told, families='toy')
     source = project/'families/toy/runs/VMamba-seed-3'
@@ -72,7 +72,7 @@ def test_receptive_fields_of_trained_families(project, monkeypatch):
     with pytest.raises(FileNotFoundError, match='not on this machine; delete its folder'):
         execute('receptive_fields', **told, families='toy')
     torch.manual_seed(5)
-    trained = family('VMamba', 10, 28, 4)
+    trained = family('VMamba', 10, 32, 4)
     torch.save({'model': trained.state_dict()}, source/'weights.pt')
     text, space = execute('receptive_fields', **told, families='toy')
     [run] = space['runs']
@@ -81,7 +81,7 @@ def test_receptive_fields_of_trained_families(project, monkeypatch):
     fields = np.load(run.dir/'fields.npz')
     np.testing.assert_array_equal(fields['after'], space['field_of'](trained))
     torch.manual_seed(3)
-    np.testing.assert_array_equal(fields['before'], space['field_of'](family('VMamba', 10, 28, 4)))
+    np.testing.assert_array_equal(fields['before'], space['field_of'](family('VMamba', 10, 32, 4)))
 
 
 @pytest.mark.parametrize('model, name, scattn', [('local_vim_tiny', 'LocalVim-T', 'both'),

@@ -321,14 +321,16 @@ def receptive_field(
     batch_size: int = 16,  # images at a time
 ) -> np.ndarray:  # (H, W), adds up to 1
     "How strongly the centre of the feature map depends on each pixel, averaged over images."
-    total = np.zeros(images.shape[-2:])
+    total, chance = np.zeros(images.shape[-2:]), torch.Generator().manual_seed(0)
     for part in images.split(batch_size):
         part = part.detach().clone().requires_grad_()
         maps = features(part)
         if maps.ndim != 4:
             raise ValueError(f'features: got maps of shape {tuple(maps.shape)}; allowed: maps (B, channels, h, w)')
         centre = maps[..., maps.shape[-2] // 2, maps.shape[-1] // 2]
-        total += torch.autograd.grad(centre.sum(), part)[0].abs().sum((0, 1)).double().cpu().numpy()
+        signs = 2. * torch.randint(2, centre.shape, generator=chance) - 1
+        gradient = torch.autograd.grad((centre * signs.to(centre)).sum(), part)[0]
+        total += gradient.abs().sum((0, 1)).double().cpu().numpy()
     if not total.sum() > 0:
         raise ValueError('features: got a map whose centre depends on no pixel; allowed: one that does')
     return total / total.sum()

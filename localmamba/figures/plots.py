@@ -16,7 +16,7 @@ import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from ..scan import DIRECTIONS
 
 # %% ../../nbs/lib/40_plots.ipynb #a96d32fc
@@ -110,6 +110,7 @@ def plot_curves(
         mean = part.groupby(x)[y].mean()
         ax.plot(mean.index, mean, color=colour, lw=2, ls=dashes, label=str(name))
     ax.set(xlabel=x, ylabel=label or y)
+    if x == 'epoch': ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(color='.92', lw=.7)
     if by is not None: ax.legend(fontsize=8, frameon=False, handlelength=3.2)
     sns.despine(ax=ax)
