@@ -300,10 +300,14 @@ def project(self: ScanMixer,
     u: Tensor,  # (B, K, L, E) what enters the scan, or (B, 1, L, E) if the directions share it
 ) -> tuple[Tensor, Tensor, Tensor]:  # delta (B, K, L, E) before its bias and softplus; B and C (B, K, L, N)
     "The input-dependent parameters of the scan."
-    if u.shape[1] > 1: projected = by_direction(u, self.x_proj)
-    else: projected = F.linear(u[:, 0], self.x_proj.flatten(0, 1)).unflatten(-1, self.x_proj.shape[:2]).transpose(1, 2)
-    dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], -1)
-    return by_direction(dt, self.dt_proj), B, C
+    sizes = [self.dt_rank, self.d_state, self.d_state]
+    if u.shape[1] > 1:
+        dt, B, C = by_direction(u, self.x_proj).split(sizes, -1)
+        return by_direction(dt, self.dt_proj), B, C
+    projected = F.linear(u[:, 0], self.x_proj.flatten(0, 1)).unflatten(-1, self.x_proj.shape[:2]).transpose(1, 2)
+    dt, B, C = projected.split(sizes, -1)
+    return dt @ self.dt_proj.mT, B, C
+
 
 # %% ../nbs/lib/11_mixer.ipynb #7e0594d9
 @patch
