@@ -60,9 +60,10 @@ def _grid_order(kind: str, window: int, height: int, width: int, padding: str) -
     if kind == 'h': return grid.ravel()
     if kind == 'v': return grid.T.ravel()
     high, wide, _, _ = _windows(window, height, width, padding)
-    grid = np.pad(grid, ((0, -height % high), (0, -width % wide)), constant_values=-1)
-    rows, cols = grid.shape[0] // high, grid.shape[1] // wide
-    order = grid.reshape(rows, high, cols, wide).transpose(0, 2, 1, 3).ravel()
+    rows, cols = -(-height // high), -(-width // wide)
+    whole = np.full((rows * high, cols * wide), -1)
+    whole[:height, :width] = grid
+    order = whole.reshape(rows, high, cols, wide).transpose(0, 2, 1, 3).ravel()
     return order if padding == 'zeros' else order[order >= 0]
 
 # %% ../nbs/lib/00_scan.ipynb #f4e3752d

@@ -117,9 +117,10 @@ def rope_tables(
     device: str | torch.device = 'cpu',
 ) -> tuple[Tensor, Tensor]:  # cosines and sines (T, D) on the last grid
     "The rotation of every token."
-    angles = rope_angles(*grids[0], dim, pretrained_grid)
-    tables = [angles.cos(), angles.sin()]
-    for old, new in zip(grids, grids[1:]): tables = [resize_grid(t, old, new) for t in tables]
+    angles = rope_angles(*grids[0], dim, pretrained_grid)[:, ::2]  # one of each pair
+    both = torch.cat([angles.cos(), angles.sin()], -1)
+    for old, new in zip(grids, grids[1:]): both = resize_grid(both, old, new)
+    tables = [t.repeat_interleave(2, -1) for t in both.chunk(2, -1)]
     if cls_index is not None:
         still = torch.ones(1, dim), torch.zeros(1, dim)
         tables = [torch.cat([t[:cls_index], s, t[cls_index:]]) for t, s in zip(tables, still)]
