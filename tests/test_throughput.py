@@ -89,3 +89,14 @@ def test_a_wrong_part_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"parts: \['memory'\] are unknown; allowed: scan, limit, models"):
         execute('throughput', parts=['memory'])
+
+
+def test_an_earlier_checkout_is_the_one_that_is_timed(tmp_path, monkeypatch):
+    "Not the package in the folder where the notebook was started."
+    monkeypatch.chdir(project(tmp_path/'project'))
+    _, space = execute('throughput', **TINY, parts=[])
+    other = tmp_path/'earlier/localmamba'
+    other.mkdir(parents=True)
+    (other/'__init__.py').write_text("raise ImportError('this is the other checkout')")
+    monkeypatch.chdir(space['Path'](space['localmamba'].__file__).parent.parent)
+    with pytest.raises(RuntimeError, match='this is the other checkout'): space['small_steps'](other.parent)
