@@ -136,15 +136,17 @@ def row_table(
     frame: pd.DataFrame,  # one line a run
     by=('row',),  # columns that name a row
     value: str = 'top1',  # the column to average
-    means=('params_m', *(f'flops_m_{c}' for c in CONVENTIONS), 'seconds'),  # further columns: their plain means
+    means=('params_m', *(f'flops_m_{c}' for c in CONVENTIONS), 'seconds'),  # further columns: their means
 ) -> pd.DataFrame:  # `by`, `means`, <value>_mean, <value>_std, seeds
-    "One line a row, seeds averaged."
+    "One line a row, seeds averaged; of seconds the median, as a run may have stood still."
     by = list(by)
     over_seeds = frame.groupby([*by, 'seed'], sort=False, as_index=False)[value].mean()
     table = summarise(over_seeds, by, value).rename(
         columns={'mean': f'{value}_mean', 'std': f'{value}_std', 'n': 'seeds'})
     kept = [name for name in means if name in frame]
-    return frame.groupby(by, sort=False)[kept].mean().reset_index().merge(table, on=by)
+    middle = {name: 'median' if name == 'seconds' else 'mean' for name in kept}
+    if not kept: return table
+    return frame.groupby(by, sort=False).agg(middle).reset_index().merge(table, on=by)
 
 NAMES = {'params_m': 'params (M)', **{f'flops_m_{c}': f'MFLOPs ({c})' for c in CONVENTIONS}, 'top1': 'top-1 (%)',
          'miou': 'mIoU (%)', 'AP_box': 'box AP', 'AP_mask': 'mask AP', 'paper_top1': 'paper', 'images_s': 'images/s'}
