@@ -39,6 +39,8 @@ def execute(name, **parameters):
                 if 'parameters' in cell['metadata'].get('tags', []):
                     assert parameters.keys() <= space.keys()
                     space.update(parameters)
+                    names = [target.id for node in tree.body for target in node.targets]  # and not what was imported
+                    space['check_parameters'] = lambda **allowed: {name: space[name] for name in names}
                 plt.close('all')
     finally: torch.set_num_threads(threads)
     return '\n'.join(map(str, shown)), space

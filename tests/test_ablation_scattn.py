@@ -46,6 +46,20 @@ def test_which_gate_and_where(project, monkeypatch):
     assert np.isclose(found['mean'].item(), expected) and found.pairs.item() == 4
 
 
+@pytest.mark.parametrize('model', ['local_vim_nano', 'local_vmamba_nano'])
+def test_a_training_that_ablation_scan_has_done_is_taken(project, monkeypatch, model):
+    "The ungated row is that of rows and windows; another learning rate is another training."
+    told = TOY | dict(seeds=[2], patch_size=4, d_state=4, batch_size=32, warmup_epochs=1., weight_decay=.05)
+    _, space = execute('ablation_scan', **told, lr=4e-3, model=model, rows=['horizontal + local'])
+    [there] = space['runs']
+    asked = told | dict(models=[model], rows=['none'], published=[], shared='ablation_scan')
+    [taken] = execute('ablation_scattn', **asked, lr=4e-3)[1]['runs']
+    assert taken.metrics['top1'] == there.metrics['top1'] and taken.metrics['taken_from'].endswith(there.name)
+    assert not (taken.dir/'history.csv').exists()
+    [own] = execute('ablation_scattn', **asked, lr=2e-3)[1]['runs']
+    assert 'taken_from' not in own.metrics and (own.dir/'history.csv').exists()
+
+
 @pytest.mark.slow
 def test_receptive_fields(project, monkeypatch):
     names = ['LocalVim', 'VMamba', 'DeiT']
