@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'DIGITS', 'ALPHA', 'MARGIN', 'VERDICTS', 'VIM', 'VMAMBA', 'CLAIMS', 'recipe_of', 'kept_as', 'check_rows',
            'small_model', 'model_facts', 'same_training', 'one_by_one', 'runs_frame', 'histories', 'row_table',
            'present', 'finish', 'pairs', 'difference', 'between_rows', 'holm', 'verdict', 'Claim', 'judge', 'said',
-           'show_verdicts', 'verdicts', 'own_verdicts']
+           'pairs_needed', 'show_verdicts', 'verdicts', 'own_verdicts']
 
 # %% ../nbs/lib/43_study.ipynb #fc0556e2
 import logging
@@ -331,6 +331,20 @@ def said(
     return (f'{line["mean"]:+.2f} points, 95 % interval {line["low"]:+.2f} to {line["high"]:+.2f}, '
             f'{line["pairs"]} pairs, corrected p = {line["p"]:.2g}{again}')
 
+def pairs_needed(
+    line,  # a line of `judge`
+    margin: float = MARGIN,  # points
+    most: int = 9999,
+) -> int:  # at most `most`
+    "How many pairs of the same spread have a 95 % interval of ± `margin`."
+    error = (line['high'] - line['low']) / 2 / t.ppf(1 - ALPHA / 2, line['pairs'] - 1)  # of the mean
+    spread = error * line['pairs']**.5
+    return next(n for n in range(2, most + 1) if n == most or t.ppf(1 - ALPHA / 2, n - 1) * spread <= margin * n**.5)
+
+def _verdict_in_words(line):
+    open_ = line['verdict'] == 'not decided' and not np.isnan(line['low'])
+    return f'not decided ({MARGIN:g} point takes {pairs_needed(line)} pairs)' if open_ else line['verdict']
+
 def show_verdicts(
     table: pd.DataFrame,  # from `judge`
 ):  # a `Table`
@@ -338,24 +352,28 @@ def show_verdicts(
     if not len(table): return 'no claims'
     shown = pd.DataFrame({'claim': table.claim, 'paper': table.paper,
                           'compared': [f'{row} − {base}' for row, base in zip(table.row, table.base)],
-                          'found': [said(line) for _, line in table.iterrows()], 'verdict': table.verdict})
+                          'found': [said(line) for _, line in table.iterrows()],
+                          'verdict': [_verdict_in_words(line) for _, line in table.iterrows()]})
     return show_table(shown, quoted=('paper',))
 
+# %% ../nbs/lib/43_study.ipynb #be1b4553
 def verdicts(
     record: str = 'miniature',  # folder of records under results/<experiment>
     experiment: str = '',  # only the claims of this one; '': all
     root=None,  # folder that holds `results`
     second: str = 'longer',  # folder of the records that decide what those leave undecided
-    enough: int = 8,  # pairs that they need for it
+    enough: int = 8,  # seeds that they need for it, of each model that the claim is about
 ) -> pd.DataFrame:  # see `judge`; column stage: 1, or 2 where `second` decides
     "The study's page of verdicts, from records alone."
-    def judged(claims, folder):
-        return judge(claims, {name: collect(name, folder, root) for name in {claim.experiment for claim in claims}})
-    table = judged(CLAIMS, record).assign(stage=1)
+    def records(folder): return {name: collect(name, folder, root) for name in {claim.experiment for claim in CLAIMS}}
+    def models(claim):
+        return 1 if claim.model or 'model' not in first[claim.experiment] else first[claim.experiment].model.nunique()
+    first = records(record)
+    table = judge(CLAIMS, first).assign(stage=1)
     left = table.index[table.verdict == 'not decided']
     if len(left):
-        again = judged([CLAIMS[i] for i in left], second).assign(stage=2).set_axis(left)
-        again = again[again.pairs >= enough]
+        again = judge([CLAIMS[i] for i in left], records(second)).assign(stage=2).set_axis(left)
+        again = again[again.pairs >= [enough * models(CLAIMS[i]) for i in left]]
         table.loc[again.index, again.columns] = again
     return table[table.experiment == experiment].reset_index(drop=True) if experiment else table
 
