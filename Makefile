@@ -1,7 +1,7 @@
 # make ablation_scan            set up .venv, run the main experiment
 # make <experiment> ARGS="-p epochs 30"
 # make miniature                the paper in small, hours of every core, to be stopped and started (ARGS=--forecast, --quick)
-# make speedrun                 CIFAR-10 with a model below 1 M parameters
+# make speedrun                 CIFAR-10 with a model below 1 M parameters, 30 minutes; speedrun_long: three hours
 # make gpu                      everything a GPU can tell; without one, what was predicted
 # make results                  write the README's tables and figures from the records
 # make test                     set up .venv, test every notebook and the rest
@@ -23,7 +23,7 @@ export OMP_WAIT_POLICY ?= passive
 # Compiled modules are kept in .venv, also where containers say that they should not be: else each start takes three times as long.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help env test check slow lab export lock results miniature speedrun $(EXPERIMENTS)
+.PHONY: help env test check slow lab export lock results miniature speedrun speedrun_long $(EXPERIMENTS)
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -48,9 +48,9 @@ miniature: env
 	$(BIN)/python -W ignore -m localmamba.miniature $(ARGS)
 
 # One line of results/speedrun/README.md; ARGS="-p seed 1" for another try.
-speedrun: env
+speedrun speedrun_long: env
 	mkdir -p results/speedrun
-	$(BIN)/papermill nbs/imagenet.ipynb results/speedrun/executed.ipynb -f nbs/configs/imagenet/speedrun.yaml $(ARGS)
+	$(BIN)/papermill nbs/imagenet.ipynb results/speedrun/executed_$@.ipynb -f nbs/configs/imagenet/$@.yaml $(ARGS)
 
 results: env
 	$(BIN)/papermill nbs/results.ipynb results/executed.ipynb $(ARGS)
