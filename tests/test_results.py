@@ -38,6 +38,10 @@ def test_the_readme_is_made_from_the_records(records, monkeypatch):
     assert set(space['miniature'].verdict) <= set(VERDICTS)
     assert space['miniature'].claim.is_unique, 'no claim has two verdicts'
     assert (records/'results/miniature/claims.csv').exists()
+    assert 'contradicted' in set(space['miniature'].verdict) and 'Windows of 2×2 beat rows' in text
+    for call in (call for calls in space['DECIDING'].values() for call in calls):
+        assert (ROOT/re.search(r'-f (\S+)', call)[1]).exists(), call
+    assert set(space['DECIDING']) == set(space['miniature'].experiment)
     assert '**51.15 ± 0.76**' in text and '**76.20**' in text, 'the best of what was measured, and of what is quoted'
     assert 'cross measured' in text.replace('  ', ' ') and 'd5fd3223' in text
 
