@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NAMES', 'DIGITS', 'ALPHA', 'MARGIN', 'VERDICTS', 'VIM', 'VMAMBA', 'CLAIMS', 'recipe_of', 'kept_as', 'check_rows',
            'small_model', 'model_facts', 'same_training', 'one_by_one', 'runs_frame', 'histories', 'row_table',
-           'present', 'finish', 'pairs', 'difference', 'between_rows', 'holm', 'verdict', 'Claim', 'judge', 'said',
-           'pairs_needed', 'show_verdicts', 'verdicts', 'own_verdicts']
+           'present', 'finish', 'pairs', 'difference', 'between_rows', 'holm', 'verdict', 'Claim', 'pairs_needed',
+           'judge', 'said', 'show_verdicts', 'verdicts', 'own_verdicts']
 
 # %% ../nbs/lib/43_study.ipynb #fc0556e2
 import logging
@@ -299,11 +299,26 @@ CLAIMS = [
            'VMamba',
            value='miou')]
 
+# %% ../nbs/lib/43_study.ipynb #5c277bdc
+def pairs_needed(
+    line,  # mean, low, high, pairs, as `difference` gives them
+    claims: int = 1,  # that p is corrected for
+    most: int = 9999,
+) -> float:  # at most `most`; NaN where there is no interval
+    "How many pairs of this mean and spread would decide a claim, one way or the other."
+    if np.isnan(line['low']): return np.nan
+    error = (line['high'] - line['low']) / 2 / t.ppf(1 - ALPHA / 2, line['pairs'] - 1)  # of the mean
+    n, mean = np.arange(2, most), abs(line['mean'])
+    errors = error * (line['pairs'] / n)**.5
+    with np.errstate(divide='ignore', invalid='ignore'): p = 2 * claims * t.sf(mean / errors, n - 1)
+    decided = (p < ALPHA) | (mean + t.ppf(1 - ALPHA / 2, n - 1) * errors < MARGIN)
+    return float(n[decided][0]) if decided.any() else float(most)
+
 # %% ../nbs/lib/43_study.ipynb #d599e04b
 def judge(
     claims,  # list of `Claim`: all of the page
     frames: dict,  # experiment -> one line a run; an experiment that is missing has no record
-) -> pd.DataFrame:  # one line a claim: what was compared, mean, low, high, p (corrected), pairs, verdict
+) -> pd.DataFrame:  # one line a claim: what was compared, mean, low, high, p (corrected), pairs, verdict, needed
     "Every claim with its verdict."
     lines = []
     for claim in claims:
@@ -318,7 +333,8 @@ def judge(
     if not len(table): return table
     table['p'] = holm(table.p)
     asked = table[['sign', 'mean', 'low', 'high', 'p']].itertuples(index=False)
-    return table.assign(verdict=[verdict(*line) for line in asked])
+    needed = [pairs_needed(line, len(table)) for _, line in table.iterrows()]
+    return table.assign(verdict=[verdict(*line) for line in asked], needed=needed)
 
 # %% ../nbs/lib/43_study.ipynb #ebfd1b68
 def said(
@@ -331,19 +347,9 @@ def said(
     return (f'{line["mean"]:+.2f} points, 95 % interval {line["low"]:+.2f} to {line["high"]:+.2f}, '
             f'{line["pairs"]} pairs, corrected p = {line["p"]:.2g}{again}')
 
-def pairs_needed(
-    line,  # a line of `judge`
-    margin: float = MARGIN,  # points
-    most: int = 9999,
-) -> int:  # at most `most`
-    "How many pairs of the same spread have a 95 % interval of ± `margin`."
-    error = (line['high'] - line['low']) / 2 / t.ppf(1 - ALPHA / 2, line['pairs'] - 1)  # of the mean
-    spread = error * line['pairs']**.5
-    return next(n for n in range(2, most + 1) if n == most or t.ppf(1 - ALPHA / 2, n - 1) * spread <= margin * n**.5)
-
 def _verdict_in_words(line):
-    open_ = line['verdict'] == 'not decided' and not np.isnan(line['low'])
-    return f'not decided ({MARGIN:g} point takes {pairs_needed(line)} pairs)' if open_ else line['verdict']
+    open_ = line['verdict'] == 'not decided' and not np.isnan(line['needed'])
+    return f'not decided ({line["needed"]:.0f} pairs)' if open_ else line['verdict']
 
 def show_verdicts(
     table: pd.DataFrame,  # from `judge`

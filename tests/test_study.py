@@ -104,13 +104,18 @@ def test_a_claim_about_both_families_waits_for_both(tmp_path):
     assert study.verdicts(root=tmp_path, enough=3).set_index('claim').stage[text] == 2
 
 
-def test_pairs_that_tell_a_point():
-    "By the width of the interval at the number that is said, and at one less."
-    for spread in (.2, 1., 3.):
+def test_pairs_that_would_decide():
+    "The least number at which p, corrected, or the interval decides: by SciPy, one number after the other."
+    for mean, spread, claims in ((0., .2, 1), (.1, 1., 9), (.8, 1., 24), (2., 3., 24), (-2., 1., 2)):
         values = np.random.default_rng(0).normal(0, spread, 9)
-        n, error = study.pairs_needed(study.difference(values)), values.std(ddof=1)
-        def width(n): return stats.t.ppf(.975, n - 1) * error / n**.5
-        assert width(n) <= 1 and (n == 2 or width(n - 1) > 1)
+        values += mean - values.mean()
+        def decides(n):
+            error = values.std(ddof=1) / n**.5
+            low, high = stats.t.interval(.95, n - 1, mean, error)
+            return claims * 2 * stats.t.sf(abs(mean) / error, n - 1) < .05 or -1 < low and high < 1
+        needed = study.pairs_needed(study.difference(values), claims)
+        assert needed == next(n for n in range(2, 999) if decides(n))
+    assert np.isnan(study.pairs_needed(study.difference([1.])))
 
 
 def test_differences_between_rows():
