@@ -29,9 +29,9 @@ PLAN = [Job('ablation_scan', 'miniature', 6, 5), Job('ablation_scan', 'miniature
         Job('ablation_scattn', 'miniature', 8, 6, 4), Job('transfer', 'miniature', 8, 4, 5),
         Job('families', 'miniature_searched', 2, 5, 6), Job('ablation_scan', 'miniature_more', 6, 6, 6),
         Job('receptive_fields', 'miniature', 5, .1, 6),
-        Job('ablation_scan', 'longer', 6, 5, 7), Job('ablation_scan', 'longer_maps', 3, 4.5, 8),
+        Job('ablation_scan', 'longer', 6, 4.3, 7), Job('ablation_scan', 'longer_maps', 3, 4.5, 8),
         Job('ablation_scattn', 'longer', 3, 2, 9), Job('ablation_scattn', 'longer_maps', 3, 3, 9),
-        Job('families', 'longer', 3, 4, 10)]
+        Job('families', 'longer', 3, 4, 10), Job('ablation_scan', 'longer_maps_more', 3, 3.7, 11)]
 QUICK = dict(record='quick', n_train=256, n_valid=128, epochs=1, search_epochs=1, seeds=[0], families='quick',
              iterations=8)
 

@@ -193,15 +193,16 @@ def pairs(
 
 def difference(
     values,  # differences, one a pair
-) -> dict:  # mean, low, high: a 95 % interval; p: of no difference; pairs
+    looks: int = 1,  # how often they have been judged, this time included; `ALPHA` is shared by all looks
+) -> dict:  # mean, low, high: a 95 % interval (97.5 at the second look); p: of no difference, times looks; pairs
     "The mean of paired differences, and how far it can be trusted."
     values = np.asarray(values, float)
     n = len(values)
     if n < 2: return dict(mean=values.mean() if n else np.nan, low=np.nan, high=np.nan, p=np.nan, pairs=n)
     mean, error = values.mean(), values.std(ddof=1) / n**.5
-    half = t.ppf(1 - ALPHA / 2, n - 1) * error
+    half = t.ppf(1 - ALPHA / looks / 2, n - 1) * error
     p = ttest_1samp(values, 0).pvalue if error else float(mean == 0)
-    return dict(mean=mean, low=mean - half, high=mean + half, p=p, pairs=n)
+    return dict(mean=mean, low=mean - half, high=mean + half, p=min(1., looks * p), pairs=n)
 
 # %% ../nbs/lib/43_study.ipynb #19af0c8c
 def between_rows(
@@ -301,34 +302,36 @@ CLAIMS = [
 
 # %% ../nbs/lib/43_study.ipynb #5c277bdc
 def pairs_needed(
-    line,  # mean, low, high, pairs, as `difference` gives them
+    line,  # mean, low, high, pairs, as `difference` gives them; looks
     claims: int = 1,  # that p is corrected for
     most: int = 9999,
 ) -> float:  # at most `most`; NaN where there is no interval
     "How many pairs of this mean and spread would decide a claim, one way or the other."
     if np.isnan(line['low']): return np.nan
-    error = (line['high'] - line['low']) / 2 / t.ppf(1 - ALPHA / 2, line['pairs'] - 1)  # of the mean
+    looks = line.get('looks', 1)
+    error = (line['high'] - line['low']) / 2 / t.ppf(1 - ALPHA / looks / 2, line['pairs'] - 1)  # of the mean
     n, mean = np.arange(2, most), abs(line['mean'])
     errors = error * (line['pairs'] / n)**.5
-    with np.errstate(divide='ignore', invalid='ignore'): p = 2 * claims * t.sf(mean / errors, n - 1)
-    decided = (p < ALPHA) | (mean + t.ppf(1 - ALPHA / 2, n - 1) * errors < MARGIN)
+    with np.errstate(divide='ignore', invalid='ignore'): p = 2 * looks * claims * t.sf(mean / errors, n - 1)
+    decided = (p < ALPHA) | (mean + t.ppf(1 - ALPHA / looks / 2, n - 1) * errors < MARGIN)
     return float(n[decided][0]) if decided.any() else float(most)
 
 # %% ../nbs/lib/43_study.ipynb #d599e04b
 def judge(
     claims,  # list of `Claim`: all of the page
     frames: dict,  # experiment -> one line a run; an experiment that is missing has no record
-) -> pd.DataFrame:  # one line a claim: what was compared, mean, low, high, p (corrected), pairs, verdict, needed
+    choose=lambda claim, values: (values, 1),  # which of its `pairs` are judged, and the how manyth look at them it is
+) -> pd.DataFrame:  # a line a claim: what was compared, mean, low, high, p (corrected), pairs, looks, verdict, needed
     "Every claim with its verdict."
     lines = []
     for claim in claims:
         frame = frames.get(claim.experiment)
         if frame is not None and len(frame) and claim.model: frame = frame[frame.model == claim.model]
         there = frame is not None and len(frame) and claim.value in frame
-        found = difference(pairs(frame, claim.row, claim.base, claim.value) if there else [])
+        values, looks = choose(claim, pairs(frame, claim.row, claim.base, claim.value)) if there else ([], 1)
         lines.append({'claim': claim.text, 'paper': claim.quoted, 'experiment': claim.experiment, 'model': claim.model,
                       'row': ', '.join(claim.row), 'base': ', '.join(claim.base), 'value': claim.value,
-                      'sign': claim.sign, **found})
+                      'sign': claim.sign, **difference(values, looks), 'looks': looks})
     table = pd.DataFrame(lines)
     if not len(table): return table
     table['p'] = holm(table.p)
@@ -343,8 +346,9 @@ def said(
     "A difference in words."
     if np.isnan(line['mean']): return ''
     if np.isnan(line['low']): return f'{line["mean"]:+.2f}, one pair'
-    again = ', trained longer' if line.get('stage') == 2 else ''
-    return (f'{line["mean"]:+.2f} points, 95 % interval {line["low"]:+.2f} to {line["high"]:+.2f}, '
+    again = {2: ', trained longer', 3: ', trained longer, second look'}.get(line.get('stage'), '')
+    sure = 100 * (1 - ALPHA / line.get('looks', 1))
+    return (f'{line["mean"]:+.2f} points, {sure:g} % interval {line["low"]:+.2f} to {line["high"]:+.2f}, '
             f'{line["pairs"]} pairs, corrected p = {line["p"]:.2g}{again}')
 
 def _verdict_in_words(line):
@@ -368,17 +372,22 @@ def verdicts(
     experiment: str = '',  # only the claims of this one; '': all
     root=None,  # folder that holds `results`
     second: str = 'longer',  # folder of the records that decide what those leave undecided
-    enough: int = 8,  # seeds that they need for it, of each model that the claim is about
-) -> pd.DataFrame:  # see `judge`; column stage: 1, or 2 where `second` decides
+    enough: int = 8,  # seeds that they need for it, of each model that a claim is about; twice as many: a second look
+) -> pd.DataFrame:  # see `judge`; column stage: 1; 2 where `second` decides, 3 where it does at the second look
     "The study's page of verdicts, from records alone."
     def records(folder): return {name: collect(name, folder, root) for name in {claim.experiment for claim in CLAIMS}}
     def models(claim):
         return 1 if claim.model or 'model' not in first[claim.experiment] else first[claim.experiment].model.nunique()
+    def choose(claim, values):
+        seeds = values.index.get_level_values('seed')
+        if len(values) >= 2 * enough * models(claim): return values, 2
+        return values[seeds.isin(sorted(set(seeds))[:enough])], 1
     first = records(record)
     table = judge(CLAIMS, first).assign(stage=1)
     left = table.index[table.verdict == 'not decided']
     if len(left):
-        again = judge([CLAIMS[i] for i in left], records(second)).assign(stage=2).set_axis(left)
+        again = judge([CLAIMS[i] for i in left], records(second), choose).set_axis(left)
+        again = again.assign(stage=again.looks + 1)
         again = again[again.pairs >= [enough * models(CLAIMS[i]) for i in left]]
         table.loc[again.index, again.columns] = again
     return table[table.experiment == experiment].reset_index(drop=True) if experiment else table
