@@ -320,7 +320,7 @@ def pairs_needed(
 def judge(
     claims,  # list of `Claim`: all of the page
     frames: dict,  # experiment -> one line a run; an experiment that is missing has no record
-    choose=lambda claim, values: (values, 1),  # which of its `pairs` are judged, and the how manyth look at them it is
+    choose=lambda claim, values: (values, 1),  # which of its `pairs` are judged, and `looks`
 ) -> pd.DataFrame:  # a line a claim: what was compared, mean, low, high, p (corrected), pairs, looks, verdict, needed
     "Every claim with its verdict."
     lines = []

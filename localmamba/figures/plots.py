@@ -112,7 +112,8 @@ def plot_curves(
     ax.set(xlabel=x, ylabel=label or y)
     if x == 'epoch': ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(color='.92', lw=.7)
-    if by is not None: ax.legend(fontsize=8, frameon=False, handlelength=3.2)
+    beside = dict(loc='center left', bbox_to_anchor=(1, .5)) if len(lines) > 5 else {}  # else on the lines
+    if by is not None: ax.legend(fontsize=8, frameon=False, handlelength=3.2, **beside)
     sns.despine(ax=ax)
     return ax
 
