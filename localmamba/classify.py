@@ -50,7 +50,7 @@ SETTINGS = dict(
     seed=0)  # of initial weights, order and augmentation
 
 ASIDE = dict(  # what changes nothing in the outcome
-    num_processes=1,  # of training, a GPU each
+    num_processes=1,  # of training, a GPU or a core each
     workers=0,  # processes that read images, of each training process; 0: itself
     skip_corrupt=False,  # leave out files that cannot be decoded, and count them
     checkpoint_minutes=10.,  # from one checkpoint within an epoch to the next

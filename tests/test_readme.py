@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT/'README.md', *ROOT.glob('*/README.md'), *sorted((ROOT/'nbs').rglob('*.ipynb'))]
+SPEEDRUN = ROOT/'results/speedrun/README.md'
+PAGES = [ROOT/'README.md', SPEEDRUN, *ROOT.glob('*/README.md'), *sorted((ROOT/'nbs').rglob('*.ipynb'))]
 
 
 def text(page):
@@ -19,3 +20,22 @@ def text(page):
 def test_relative_links_resolve(page):
     for target in re.findall(r'\]\(([^)#\s]+)', text(page)):
         if '://' not in target: assert (page.parent/target).exists(), target
+
+
+RECORDS = [line for line in SPEEDRUN.read_text().splitlines() if '[record](' in line]
+
+
+@pytest.mark.parametrize('line', RECORDS, ids=lambda line: line.split('runs/')[1].rstrip(') |'))
+def test_the_record_book_says_what_the_records_say(line):
+    *_, epochs, top1, params_m, seconds, _, log = (cell.strip('* ') for cell in line.strip('|').split('|'))
+    run = SPEEDRUN.parent/re.search(r'\((.+)\)', log)[1]
+    metrics, params = (json.loads((run/f'{name}.json').read_text()) for name in ('metrics', 'params'))
+    said = epochs, top1.split()[0].strip('*'), params_m.split()[0], re.match(r'[0-9,]*[0-9]', seconds)[0]
+    assert said == (str(params['epochs']), f"{metrics['top1']:.2f}", f"{metrics['params_m']:.3f}",
+                    f"{metrics['seconds']:,.0f}")
+
+
+def test_the_readme_quotes_the_record_book():
+    quoted = [line for line in RECORDS if 'the bundled' in line or '`speedrun.yaml`' in line]
+    assert len(quoted) == 3
+    for line in quoted: assert f"{float(re.search(r'([0-9.]+) %', line)[1]):.1f} %" in text(ROOT/'README.md')
