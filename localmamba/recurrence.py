@@ -53,7 +53,8 @@ def to_raster(
     steps = torch.arange(L, device=order.device).expand(K, L)
     place = torch.where(order < 0, T, order)
     visited = steps.new_zeros(K, T + 1).scatter(1, place, steps)[:, :T].to(y.device)
-    return y[:, torch.arange(K, device=y.device)[:, None], visited]
+    rows = (visited + L * torch.arange(K, device=y.device)[:, None]).flatten()  # of all directions, one after the other
+    return y.flatten(1, 2).index_select(1, rows).unflatten(1, (K, T))
 
 # %% ../nbs/lib/01_recurrence.ipynb #365f0988
 class ScanInputs(NamedTuple):
