@@ -31,7 +31,8 @@ PLAN = [Job('ablation_scan', 'miniature', 6, 5), Job('ablation_scan', 'miniature
         Job('receptive_fields', 'miniature', 5, .1, 6),
         Job('ablation_scan', 'longer', 6, 4.3, 7), Job('ablation_scan', 'longer_maps', 3, 4.5, 8),
         Job('ablation_scattn', 'longer', 3, 2, 9), Job('ablation_scattn', 'longer_maps', 3, 3, 9),
-        Job('families', 'longer', 3, 4, 10), Job('ablation_scan', 'longer_maps_more', 3, 3.7, 11)]
+        Job('families', 'longer', 3, 4, 10), Job('ablation_scan', 'longer_more', 2, 2.8, 11),
+        Job('ablation_scan', 'longer_maps_more', 3, 3.7, 12)]
 QUICK = dict(record='quick', n_train=256, n_valid=128, epochs=1, search_epochs=1, seeds=[0], families='quick',
              iterations=8)
 
