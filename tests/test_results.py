@@ -22,6 +22,12 @@ def records(tmp_path):
     return tmp_path
 
 
+def median_seconds(runs, row):
+    "What a training of a row took, from its files."
+    own = [path for path in runs.glob('*/params.json') if json.loads(path.read_text())['row'] == row]
+    return np.median([json.loads(path.with_name('metrics.json').read_text())['seconds'] for path in own])
+
+
 def test_the_readme_is_made_from_the_records(records, monkeypatch):
     pictures = [path for path in (records/'results').rglob('*.png')]
     before = {path: np.asarray(Image.open(path).convert('RGB'), int) for path in pictures}
@@ -38,6 +44,12 @@ def test_the_readme_is_made_from_the_records(records, monkeypatch):
     assert set(space['miniature'].verdict) <= set(VERDICTS)
     assert space['miniature'].claim.is_unique, 'no claim has two verdicts'
     assert (records/'results/miniature/claims.csv').exists()
+    undecided = space['miniature'][space['miniature'].verdict == 'not decided']
+    assert list(space['left'].claim) == list(undecided.claim) and (space['left'].needed > space['left'].pairs).all()
+    assert f'{len(undecided)} of {len(space["miniature"])} claims are not decided' in text
+    minutes = space['left'].set_index('claim')['minutes a pair']['LocalVim beats Vim']
+    families = records/'results/families/miniature/runs'
+    assert minutes == pytest.approx(sum(median_seconds(families, row) for row in ('LocalVim', 'Vim')) / 60)
     assert 'contradicted' in set(space['miniature'].verdict) and 'Windows of 2×2 beat rows' in text
     for call in (call for calls in space['DECIDING'].values() for call in calls):
         assert (ROOT/re.search(r'-f (\S+)', call)[1]).exists(), call
