@@ -9,7 +9,6 @@ __all__ = ['CONVENTION_MARKS', 'check_columns', 'plot_rows', 'plot_panels', 'plo
 
 # %% ../../nbs/lib/40_plots.ipynb #941664ff
 from contextlib import contextmanager
-from itertools import cycle
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -103,7 +102,8 @@ def plot_curves(
     if ax is None: ax = plt.subplots(figsize=(6.4, 3.4), layout='constrained')[1]
     lines = {'': frame} if by is None else {name: frame[frame[by] == name] for name in dict.fromkeys(frame[by])}
     colours, styles = sns.color_palette('colorblind', len(lines)), ['-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1))]
-    for (name, part), colour, dashes in zip(lines.items(), colours, cycle(styles)):
+    for i, ((name, part), colour) in enumerate(zip(lines.items(), colours)):
+        dashes = styles[(i + i // 10) % 5]  # colours come again after ten
         runs = [part] if run is None else [part[part[run] == r] for r in dict.fromkeys(part[run])]
         if len(runs) > 1:
             for r in runs: ax.plot(r[x], r[y], color=colour, lw=.7, alpha=.55)
