@@ -103,7 +103,7 @@ def plot_curves(
     lines = {'': frame} if by is None else {name: frame[frame[by] == name] for name in dict.fromkeys(frame[by])}
     colours, styles = sns.color_palette('colorblind', len(lines)), ['-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1))]
     for i, ((name, part), colour) in enumerate(zip(lines.items(), colours)):
-        dashes = styles[(i + i // 10) % 5]  # colours come again after ten
+        dashes = styles[(i + i // 10) % len(styles)]  # colours come again after ten
         runs = [part] if run is None else [part[part[run] == r] for r in dict.fromkeys(part[run])]
         if len(runs) > 1:
             for r in runs: ax.plot(r[x], r[y], color=colour, lw=.7, alpha=.55)
