@@ -5,10 +5,11 @@ import shutil
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from localmamba.study import VERDICTS
+from localmamba.study import VERDICTS, said
 from notebooks import ROOT, execute
 
 matplotlib.use('Agg')
@@ -97,6 +98,30 @@ def test_a_notebook_can_be_read_on_a_page(path):
             kinds = set(output.get('data', {}))
             widget = any('widget' in kind for kind in kinds)
             assert not widget or kinds & {'image/png', 'text/html'}, 'a cell that shows nothing without widgets'
+
+
+def stored(path):
+    "What a reader of a notebook sees without running it."
+    outputs = [output for cell in json.loads(path.read_text())['cells'] for output in cell.get('outputs', [])]
+    texts = [''.join(output.get('data', {}).get('text/plain', '')) for output in outputs]
+    return ' '.join('\n'.join(texts).split())
+
+
+SHOWS_VERDICTS = [path for path in notebooks() if "show_verdicts(verdicts('miniature'" in path.read_text()]
+
+@pytest.mark.parametrize('name', ['index', 'results', *(path.stem for path in SHOWS_VERDICTS)])
+def test_a_notebook_shows_the_verdicts_of_today(name):
+    claims = pd.read_csv(ROOT/'results/miniature/claims.csv')
+    own = claims if name in ('index', 'results') else claims[claims.experiment == name]
+    seen = stored(ROOT/f'nbs/{name}.ipynb')
+    assert len(own) and len(SHOWS_VERDICTS) == claims.experiment.nunique()
+    for _, line in own.iterrows(): assert f'{said(line)} {line.verdict}' in seen, line.claim
+
+
+@pytest.mark.parametrize('name', ('index', 'results'))
+def test_a_notebook_shows_the_rows_of_today(name):
+    for _, line in pd.read_csv(ROOT/'results/miniature/ablation_scan.csv').iterrows():
+        assert f'{line.top1_mean:.2f} ± {line.top1_std:.2f} {line.seeds}' in stored(ROOT/f'nbs/{name}.ipynb'), line.row
 
 
 def test_links_to_headings_of_the_readme_resolve():
