@@ -25,7 +25,8 @@ class Job:
     wave: int = 0  # every seed of one wave comes before the next
 
 PLAN = [Job('ablation_scan', 'miniature', 6, 5), Job('ablation_scan', 'miniature_maps', 8, 5, 1),
-        Job('families', 'miniature', 8, 6, 2), Job('ablation_search', 'miniature', 6, 8, 3),
+        Job('families', 'miniature', 8, 6, 2),
+        Job('search_directions', 'miniature', 1, 6, 3), Job('ablation_search', 'miniature', 6, 4, 3),
         Job('ablation_scattn', 'miniature', 8, 6, 4), Job('transfer', 'miniature', 8, 4, 5),
         Job('families', 'miniature_searched', 2, 5, 6), Job('ablation_scan', 'miniature_more', 6, 6, 6),
         Job('receptive_fields', 'miniature', 5, .1, 6),
@@ -55,13 +56,14 @@ def seconds_of(
     root=None,
 ) -> list:  # of the finished runs of this job and seed
     "How long the recorded runs of a job took."
-    folder, found = Path(root or project_root())/'results'/job.experiment/given['record']/'runs', []
-    for path in folder.glob('*/metrics.json'):
+    experiments = [job.experiment, *(['search_directions'] if job.experiment == 'families' else [])]  # their searches
+    folders, found = [Path(root or project_root())/'results'/name/given['record']/'runs' for name in experiments], []
+    for path in (path for folder in folders for path in folder.glob('*/metrics.json')):
         params, metrics = read_json(path.with_name('params.json')) or {}, read_json(path) or {}
         row = str(params.get('row')).removesuffix(', from scratch')  # a second start of the same row
         own = (given.get('rates') or {}).get(row.removesuffix(', searched'))  # a family's own learning rate
         asked = given | ({} if own is None else {'lr': own})
-        named = row in given.get('rows', [row])
+        named = row in given.get('rows', ['None' if job.experiment == 'search_directions' else row])
         mine = named and params.get('seed') == seed and all(params[k] == v for k, v in asked.items() if k in params
                                                             and k != 'epochs')
         if mine: found.append(0. if 'taken_from' in metrics else metrics.get('seconds', 0.))

@@ -373,6 +373,7 @@ def verdicts(
     root=None,  # folder that holds `results`
     second: str = 'longer',  # folder of the records that decide what those leave undecided
     enough: int = 8,  # seeds that they need for it, of each model that a claim is about; twice as many: a second look
+    looks: int = 2,  # 1: without second looks
 ) -> pd.DataFrame:  # see `judge`; column stage: 1; 2 where `second` decides, 3 where it does at the second look
     "The study's page of verdicts, from records alone."
     def records(folder): return {name: collect(name, folder, root) for name in {claim.experiment for claim in CLAIMS}}
@@ -380,7 +381,7 @@ def verdicts(
         return 1 if claim.model or 'model' not in first[claim.experiment] else first[claim.experiment].model.nunique()
     def choose(claim, values):
         seeds = values.index.get_level_values('seed')
-        if len(values) >= 2 * enough * models(claim): return values, 2
+        if looks > 1 and len(values) >= 2 * enough * models(claim): return values, 2
         return values[seeds.isin(sorted(set(seeds))[:enough])], 1
     first = records(record)
     table = judge(CLAIMS, first).assign(stage=1)

@@ -99,6 +99,8 @@ def test_the_second_stage_answers_what_the_first_leaves_open(tmp_path):
     low, high = stats.t.interval(.975, 5, change.mean(), stats.sem(change))
     assert (line.stage, line.pairs, line.low, line.high) == (3, 6, pytest.approx(low), pytest.approx(high))
     assert line.p == pytest.approx(2 * stats.ttest_1samp(change, 0).pvalue) and '97.5 % interval' in study.said(line)
+    once = study.verdicts(root=tmp_path, enough=3, looks=1).set_index('claim').loc['LocalVim beats Vim']
+    assert (once.stage, once.pairs, once.p) == (2, 3, pytest.approx(few.p)), 'without the second look'
     first = study.verdicts(root=tmp_path, second='none').set_index('claim')
     assert first.verdict['LocalVim beats Vim'] == 'not decided'
 
@@ -238,3 +240,19 @@ def test_a_family_with_a_rate_of_its_own_is_counted(tmp_path):
         (folder/'params.json').write_text(json.dumps(own | changed))
         (folder/'metrics.json').write_text('{"seconds": 7}')
     assert seconds_of(job, given, 1, tmp_path) == [7]
+
+
+def test_what_a_search_costs_is_counted(tmp_path):
+    "Under the families that need it, and under the searches of an ablation: each once."
+    jobs = {(job.experiment, job.config): job for job in PLAN}
+    families, ablation = jobs['families', 'miniature_searched'], jobs['search_directions', 'miniature']
+    given = settings(families, root=ROOT)
+    supernets = ({'row': 'LocalVMamba, searched', 'lr': given['rates']['LocalVMamba']}, {'row': 'LocalVim, searched'},
+                 {'candidates': settings(ablation, root=ROOT)['candidates']})
+    for i, own in enumerate(supernets):
+        folder = tmp_path/f'results/search_directions/miniature/runs/{i}'
+        folder.mkdir(parents=True)
+        (folder/'params.json').write_text(json.dumps({'lr': given['lr'], 'seed': 0, 'directions': 'search'} | own))
+        (folder/'metrics.json').write_text(f'{{"seconds": {10 ** i}}}')
+    assert sum(seconds_of(families, given, 0, tmp_path)) == 11
+    assert seconds_of(ablation, settings(ablation, root=ROOT), 0, tmp_path) == [100]
