@@ -21,19 +21,20 @@ class Job:
     experiment: str
     config: str  # nbs/configs/<experiment>/<config>.yaml
     runs: int  # trainings a seed
-    minutes: float  # one of them takes, by the pilot
+    minutes: float  # one of them takes, where none is recorded yet
     wave: int = 0  # every seed of one wave comes before the next
 
-PLAN = [Job('ablation_scan', 'miniature', 6, 5), Job('ablation_scan', 'miniature_maps', 8, 5, 1),
-        Job('families', 'miniature', 8, 6, 2),
-        Job('search_directions', 'miniature', 1, 6, 3), Job('ablation_search', 'miniature', 6, 4, 3),
-        Job('ablation_scattn', 'miniature', 8, 6, 4), Job('transfer', 'miniature', 8, 4, 5),
-        Job('families', 'miniature_searched', 2, 5, 6), Job('ablation_scan', 'miniature_more', 6, 6, 6),
+PLAN = [Job('ablation_scan', 'miniature', 6, 1.8), Job('ablation_scan', 'miniature_maps', 8, 2.6, 1),
+        Job('families', 'miniature', 8, 3, 2),
+        Job('search_directions', 'miniature', 1, 5, 3), Job('ablation_search', 'miniature', 6, 3.2, 3),
+        Job('ablation_scattn', 'miniature', 8, 2.5, 4), Job('transfer', 'miniature', 8, 2.8, 5),
+        Job('families', 'miniature_searched', 2, 5.4, 6), Job('ablation_scan', 'miniature_more', 6, 2.4, 6),
         Job('receptive_fields', 'miniature', 5, .1, 6),
-        Job('ablation_scan', 'longer', 6, 4.3, 7), Job('ablation_scan', 'longer_maps', 3, 4.5, 8),
-        Job('ablation_scattn', 'longer', 3, 2, 9), Job('ablation_scattn', 'longer_maps', 3, 3, 9),
-        Job('families', 'longer', 3, 4, 10), Job('ablation_scan', 'longer_more', 2, 2.8, 11),
-        Job('ablation_scan', 'longer_maps_more', 3, 3.7, 12)]
+        Job('ablation_scan', 'longer', 6, 3.8, 7), Job('ablation_scan', 'longer_maps', 3, 3.6, 8),
+        Job('ablation_scattn', 'longer', 3, 2.4, 9), Job('ablation_scattn', 'longer_maps', 3, 3, 9),
+        Job('families', 'longer', 3, 4, 10), Job('ablation_scan', 'longer_more', 2, 2.9, 11),
+        Job('ablation_scan', 'longer_maps_more', 3, 3.5, 12), Job('ablation_scan', 'longer_gate_more', 2, 4.6, 13),
+        Job('ablation_scattn', 'longer_more', 2, .1, 14), Job('families', 'longer_more', 2, 4.7, 15)]
 QUICK = dict(record='quick', n_train=256, n_valid=128, epochs=1, search_epochs=1, seeds=[0], families='quick',
              iterations=8)
 
