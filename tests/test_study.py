@@ -231,7 +231,8 @@ def test_the_plan_is_what_the_configurations_say(tmp_path):
     (tmp_path/'nbs/configs').symlink_to(ROOT/'nbs/configs')
     hours = sum(line['hours_left'] for line in forecast(root=tmp_path))
     assert hours <= 30, 'on a machine without records'
-    for page in ('README.md', 'results/miniature/PROTOCOL.md'): assert f'{hours:.0f} core-hours' in (ROOT/page).read_text()
+    for page in ('README.md', 'results/miniature/PROTOCOL.md'):
+        assert f'{hours:.0f} core-hours' in (ROOT/page).read_text(), page
 
 
 def test_a_family_with_a_rate_of_its_own_is_counted(tmp_path):
