@@ -39,3 +39,16 @@ def test_the_readme_quotes_the_record_book():
     quoted = [line for line in RECORDS if 'the bundled' in line or '`speedrun.yaml`' in line]
     assert len(quoted) == 3
     for line in quoted: assert f"{float(re.search(r'([0-9.]+) %', line)[1]):.1f} %" in text(ROOT/'README.md')
+
+
+def test_the_readme_quotes_the_main_experiment():
+    "What it says `make ablation_scan` decides is what the stored notebook shows."
+    cells = json.loads((ROOT/'nbs/ablation_scan.ipynb').read_text())['cells']
+    outputs = [output for cell in cells for output in cell.get('outputs', [])]
+    seen = ' '.join(''.join(output.get('data', {}).get('text/plain', '')) for output in outputs)
+    change, low, high = map(float, re.search(r'^ *no scan − cross +(\S+) +(\S+) +(\S+)', seen, re.M).groups())
+    said = f'{-change:.1f} points, {-high:+.1f} to {-low:+.1f}'.replace('-', '−')
+    rows = 'cross', 'cross, no convolution'
+    with_it, without = (re.search(rf'^ *{row} +none .* (\S+) ± ', seen, re.M)[1] for row in rows)
+    page = ' '.join(text(ROOT/'README.md').split())
+    assert f'({said})' in page and f'({float(without):.0f} against {float(with_it):.0f} %' in page
