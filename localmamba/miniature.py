@@ -24,7 +24,7 @@ class Job:
     minutes: float  # one of them takes, where none is recorded yet
     wave: int = 0  # every seed of one wave comes before the next
 
-PLAN = [Job('ablation_scan', 'miniature', 6, 1.8), Job('ablation_scan', 'miniature_maps', 8, 2.6, 1),
+PLAN = [Job('ablation_scan', 'miniature', 6, 1.8), Job('ablation_scan', 'miniature_maps', 9, 2.6, 1),
         Job('families', 'miniature', 8, 3, 2),
         Job('search_directions', 'miniature', 1, 5, 3), Job('ablation_search', 'miniature', 6, 3.2, 3),
         Job('ablation_scattn', 'miniature', 8, 2.5, 4), Job('transfer', 'miniature', 8, 2.8, 5),
