@@ -261,3 +261,21 @@ def test_what_a_search_costs_is_counted(tmp_path):
         (folder/'metrics.json').write_text(f'{{"seconds": {10 ** i}}}')
     assert sum(seconds_of(families, given, 0, tmp_path)) == 11
     assert seconds_of(ablation, settings(ablation, root=ROOT), 0, tmp_path) == [100]
+
+
+def test_the_recurrence_at_equal_parameters():
+    "The README's table of it, from the raw metrics."
+    top1, params = {}, {}
+    for asked, metrics in raw('ablation_scan', 'miniature'):
+        top1[asked['model'], asked['row'], asked['seed']] = metrics['top1']
+        params[asked['model'], asked['row']] = metrics['params_m']
+    table = pd.read_csv(ROOT/'results/miniature/equal_size.csv')
+    assert len(table) == 4
+    for line in table.to_dict('records'):
+        row, base = line['compared'].split(' − ')
+        seeds = [s for m, r, s in top1 if (m, r) == (line['model'], base) and (m, row, s) in top1]
+        change = np.array([top1[line['model'], row, s] - top1[line['model'], base, s] for s in seeds])
+        low, high = stats.t.interval(.95, len(change) - 1, change.mean(), stats.sem(change))
+        np.testing.assert_allclose([line[k] for k in ('mean', 'low', 'high')], [change.mean(), low, high])
+        ratio = params[line['model'], base] / params[line['model'], row]
+        assert line['parameters, ratio'] == pytest.approx(ratio) and ('wide' not in base or abs(ratio - 1) < .05)
