@@ -7,7 +7,7 @@ __all__ = ['PLAN', 'QUICK', 'RATES', 'Job', 'settings', 'seconds_of', 'forecast'
 
 # %% ../nbs/lib/43b_miniature.ipynb #3163c59e
 import argparse, os, signal, subprocess, sys, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import pandas as pd, yaml
 from .files import read_yaml
@@ -57,9 +57,8 @@ def seconds_of(
     root=None,
 ) -> list:  # of the finished runs of this job and seed
     "How long the recorded runs of a job took."
-    experiments = [job.experiment, *(['search_directions'] if job.experiment == 'families' else [])]  # their searches
-    folders, found = [Path(root or project_root())/'results'/name/given['record']/'runs' for name in experiments], []
-    for path in (path for folder in folders for path in folder.glob('*/metrics.json')):
+    folder, found = Path(root or project_root())/'results'/job.experiment/given['record']/'runs', []
+    for path in folder.glob('*/metrics.json'):
         params, metrics = read_json(path.with_name('params.json')) or {}, read_json(path) or {}
         row = str(params.get('row')).removesuffix(', from scratch')  # a second start of the same row
         own = (given.get('rates') or {}).get(row.removesuffix(', searched'))  # a family's own learning rate
@@ -80,12 +79,15 @@ def forecast(
     for job in plan:
         given = settings(job, quick, root)
         spent = {seed: seconds_of(job, given, seed, root) for seed in given['seeds']}
+        supernets = replace(job, experiment='search_directions')  # those of `families` are a part of its job
+        searched = {seed: sum(seconds_of(supernets, given, seed, root)) if job.experiment == 'families' else 0.
+                    for seed in given['seeds']}
         known = [s for found in spent.values() for s in found]
         each = sum(known) / len(known) if known else 60 * job.minutes * (.02 if quick else 1)
         for seed, found in spent.items():
             left = max(0, job.runs - len(found))
-            lines.append(dict(job=job, seed=seed, given=given, done=len(found), left=left, hours_done=sum(found) / 3600,
-                              hours_left=left * each / 3600))
+            lines.append(dict(job=job, seed=seed, given=given, done=len(found), left=left,
+                              hours_done=(sum(found) + searched[seed]) / 3600, hours_left=left * each / 3600))
     return sorted(lines, key=lambda line: (line['job'].wave, line['given']['seeds'].index(line['seed'])))
 
 def told(

@@ -228,6 +228,8 @@ def test_the_plan_is_what_the_configurations_say(tmp_path):
     lines = forecast(root=ROOT)
     order = [(line['job'].wave, line['seed']) for line in lines]
     assert order == sorted(order), 'seeds are the outer loop of a wave'
+    spent = sum(line['hours_done'] + line['hours_left'] for line in lines)
+    assert spent < 45 and f'these records took {spent:.0f} ' in (ROOT/'README.md').read_text()
     (tmp_path/'nbs').mkdir()
     (tmp_path/'nbs/configs').symlink_to(ROOT/'nbs/configs')
     hours = sum(line['hours_left'] for line in forecast(root=tmp_path))
@@ -260,7 +262,10 @@ def test_what_a_search_costs_is_counted(tmp_path):
         folder.mkdir(parents=True)
         (folder/'params.json').write_text(json.dumps({'lr': given['lr'], 'seed': 0, 'directions': 'search'} | own))
         (folder/'metrics.json').write_text(f'{{"seconds": {10 ** i}}}')
-    assert sum(seconds_of(families, given, 0, tmp_path)) == 11
+    (tmp_path/'nbs').mkdir()
+    (tmp_path/'nbs/configs').symlink_to(ROOT/'nbs/configs')
+    line = next(line for line in forecast([families], root=tmp_path) if line['seed'] == 0)
+    assert (line['done'], line['left'], line['hours_done'] * 3600) == (0, 2, pytest.approx(11)), 'a search is no row'
     assert seconds_of(ablation, settings(ablation, root=ROOT), 0, tmp_path) == [100]
 
 
