@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'SCATTN_PLACES', 'MERGES', 'pack', 'unpack', 'Described', 'facts_in', 'without_facts', 'check_directions',
-           'layer_directions', 'check_sizes', 'check_choice', 'fixed_size', 'check_map', 'check_tokens',
+           'layer_directions', 'check_sizes', 'widened', 'check_choice', 'fixed_size', 'check_map', 'check_tokens',
            'start_weights', 'ScanMixer', 'by_direction', 'VimMixer', 'SS2D']
 
 # %% ../nbs/lib/11_mixer.ipynb #536bfb7e
@@ -141,6 +141,17 @@ def check_sizes(
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f'{name}: got {size!r}; allowed: integers from 1')
 
+def widened(
+    dim: int,  # channels D
+    expand: float,  # d_inner / D
+) -> int:  # d_inner
+    "The channels inside a mixer; `ValueError` unless they are a whole number, one or more."
+    number = isinstance(expand, (int, float)) and not isinstance(expand, bool)
+    inner = round(expand * dim) if number and abs(expand) < float('inf') else 0
+    if inner < 1 or abs(inner - expand * dim) > 1e-6:
+        raise ValueError(f'expand: got {expand!r}; allowed: numbers above 0 that make expand * {dim} whole')
+    return inner
+
 def check_choice(
     **choices,  # by the name of the argument: (what was given, what is allowed)
 ):
@@ -208,7 +219,7 @@ class ScanMixer(Described):
         dim: int,  # channels D
         directions=DIRECTIONS[:4],  # K direction names; a search's candidates if `search`
         d_state: int = 16,  # N
-        expand: int = 2,  # d_inner = expand * dim
+        expand: float = 2,  # d_inner = expand * dim, a whole number
         dt_rank: int | None = None,  # R; ceil(dim / 16) if None
         scattn: str = 'channel',  # mode of `SCAttn`
         scattn_at: str = 'branch',  # what it gates: each `'branch'` (paper and release), or their `'merged'` map
@@ -220,9 +231,10 @@ class ScanMixer(Described):
         super().__init__()
         check_choice(merge=(merge, MERGES), padding=(padding, PADDINGS), scattn=(scattn, MODES),
                      scattn_at=(scattn_at, SCATTN_PLACES))
-        check_sizes(dim=dim, d_state=d_state, expand=expand, **{} if dt_rank is None else dict(dt_rank=dt_rank))
+        check_sizes(dim=dim, d_state=d_state, **{} if dt_rank is None else dict(dt_rank=dt_rank))
         self.directions = check_directions(directions)
-        self.dim, self.d_inner, self.d_state, self.padding, self.merge_mode = dim, expand * dim, d_state, padding, merge
+        self.dim, self.d_inner, self.d_state = dim, widened(dim, expand), d_state
+        self.padding, self.merge_mode = padding, merge
         self.scattn_at = scattn_at
         self.dt_rank = dt_rank or math.ceil(dim / 16)
         K, E, N, R = len(self.directions), self.d_inner, d_state, self.dt_rank

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+import yaml
 from notebooks import execute
 
 from localmamba.cost import count_flops, count_parameters
@@ -58,6 +59,22 @@ def test_a_training_that_ablation_scan_has_done_is_taken(project, monkeypatch, m
     assert not (taken.dir/'history.csv').exists()
     [own] = execute('ablation_scattn', **asked, lr=2e-3)[1]['runs']
     assert 'taken_from' not in own.metrics and (own.dir/'history.csv').exists()
+
+
+@pytest.mark.parametrize('config, model', [('longer_wide', 'local_vim_nano'), ('longer_maps_wide', 'local_vmamba_nano')])
+def test_a_model_without_a_gate_is_as_large_as_one_with_it(project, monkeypatch, config, model):
+    "The row *none, wide* at the recorded sizes; its training is not that of *none*."
+    given = yaml.safe_load((ROOT/f'nbs/configs/ablation_scattn/{config}.yaml').read_text())
+    assert (given['rows'], given['models']) == (['none, wide'], [model])
+    told = {name: given[name] for name in ('embed_dim', 'depth', 'dims', 'depths', 'd_state', 'patch_size', 'side')}
+    told |= dict(n_train=32, n_valid=32, epochs=1, seeds=[0])
+    execute('ablation_scan', **told, model=model, rows=['horizontal + local'])
+    _, space = execute('ablation_scattn', **told, models=[model], rows=['none', 'none, wide', 'channel'], published=[],
+                       shared='ablation_scan')
+    none, wide, channel = (run.metrics for run in space['runs'])
+    assert 'taken_from' in none and 'taken_from' not in wide and len({run.name[-8:] for run in space['runs']}) == 3
+    assert wide['params_m'] == pytest.approx(channel['params_m'], rel=.02) and none['params_m'] < .94*wide['params_m']
+    assert wide['flops_m_nine'] == pytest.approx(channel['flops_m_nine'], rel=.1), 'a gate has few FLOPs'
 
 
 @pytest.mark.slow

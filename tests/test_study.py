@@ -269,14 +269,14 @@ def test_what_a_search_costs_is_counted(tmp_path):
     assert seconds_of(ablation, settings(ablation, root=ROOT), 0, tmp_path) == [100]
 
 
-def test_the_recurrence_at_equal_parameters():
-    "The README's table of it, from the raw metrics."
+def test_rows_at_equal_parameters():
+    "The README's table of the recurrence and of SCAttn, from the raw metrics."
     top1, params = {}, {}
-    for asked, metrics in raw('ablation_scan', 'miniature'):
+    for asked, metrics in (*raw('ablation_scan', 'miniature'), *raw('ablation_scattn', 'longer')):
         top1[asked['model'], asked['row'], asked['seed']] = metrics['top1']
         params[asked['model'], asked['row']] = metrics['params_m']
     table = pd.read_csv(ROOT/'results/miniature/equal_size.csv')
-    assert len(table) == 4
+    assert len(table) >= 6 and set(table.compared) >= {'cross − no scan, wide', 'channel − none'}
     for line in table.to_dict('records'):
         row, base = line['compared'].split(' − ')
         seeds = [s for m, r, s in top1 if (m, r) == (line['model'], base) and (m, row, s) in top1]
@@ -285,3 +285,24 @@ def test_the_recurrence_at_equal_parameters():
         np.testing.assert_allclose([line[k] for k in ('mean', 'low', 'high')], [change.mean(), low, high])
         ratio = params[line['model'], base] / params[line['model'], row]
         assert line['parameters, ratio'] == pytest.approx(ratio) and ('wide' not in base or abs(ratio - 1) < .05)
+
+
+def test_cost_and_spread_of_every_claim():
+    "How unlike the compared rows are, and how many pairs a point takes, from the raw metrics."
+    table = pd.read_csv(ROOT/'results/miniature/comparisons.csv', keep_default_na=False)
+    assert set(table.claim) == {claim.text for claim in study.CLAIMS}
+    assert len(table) == len(study.CLAIMS) + 1, 'one of both families'
+    for line in table.to_dict('records'):
+        claim = next(claim for claim in study.CLAIMS if claim.text == line['claim'])
+        runs = pd.DataFrame([params | metrics for params, metrics in raw(claim.experiment, 'miniature')])
+        if line['model']: runs = runs[runs.model == line['model']]
+        [row], [base] = claim.row, claim.base
+        one, other = (runs[runs.row == name].groupby('seed')[claim.value].mean() for name in (row, base))
+        change = (one - other).dropna()
+        assert len(change) == line['pairs'] and line['spread'] == pytest.approx(change.std())
+        half = [stats.t.ppf(.975, n - 1) * change.std() / n**.5 for n in (line['1 point takes'] - 1, line['1 point takes'])]
+        assert half[1] < 1 and not half[0] < 1, 'so many, and no fewer'
+        for name, column in (('parameters', 'params_m'), ('FLOPs', 'flops_m_nine')):
+            if column not in runs: continue
+            ratio = runs[runs.row == base][column].mean() / runs[runs.row == row][column].mean()
+            assert float(line[f'{name}, ratio']) == pytest.approx(ratio)

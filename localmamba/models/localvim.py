@@ -91,7 +91,7 @@ class LocalVim(Described, VisionModel):
         rope_pretrained_grid: int = 14,  # see `rope_angles`
         abs_pos_embed: bool = True,  # add a learnt position embedding
         d_conv: int = 4,  # taps of the causal convolution
-        expand: int = 2,  # d_inner / D
+        expand: float = 2,  # d_inner / D; D times it is a whole number
         scattn_at: str = 'branch',  # gate each `'branch'`, or their `'merged'` map, see `ScanMixer`
         resize: str | None = None,  # rotation on another grid: `'exact'`, or as `'release'`; None: as the weights say
     ):

@@ -129,7 +129,7 @@ class LocalVMamba(VisionModel):
         candidates=DIRECTIONS,  # what `directions='search'` chooses from
         merge: str = 'sum',  # of the branches: `'sum'` or `'mean'`
         patch_size: int = 4,  # pixels, of the stem
-        expand: int = 2,  # d_inner / D
+        expand: float = 2,  # d_inner / D; D times it is a whole number
         scattn_at: str = 'branch',  # gate each `'branch'`, or their `'merged'` map, see `ScanMixer`
         img_size: int | tuple[int, int] | None = None,  # pixels; accepted, and not needed: any size works
         d_conv: int = 3,  # side of the mixers' convolution
