@@ -61,7 +61,8 @@ def test_a_training_that_ablation_scan_has_done_is_taken(project, monkeypatch, m
     assert 'taken_from' not in own.metrics and (own.dir/'history.csv').exists()
 
 
-@pytest.mark.parametrize('config, model', [('longer_wide', 'local_vim_nano'), ('longer_maps_wide', 'local_vmamba_nano')])
+@pytest.mark.parametrize('config, model', [('longer_wide', 'local_vim_nano'),
+                                           ('longer_maps_wide', 'local_vmamba_nano')])
 def test_a_model_without_a_gate_is_as_large_as_one_with_it(project, monkeypatch, config, model):
     "The row *none, wide* at the recorded sizes; its training is not that of *none*."
     given = yaml.safe_load((ROOT/f'nbs/configs/ablation_scattn/{config}.yaml').read_text())

@@ -300,8 +300,9 @@ def test_cost_and_spread_of_every_claim():
         one, other = (runs[runs.row == name].groupby('seed')[claim.value].mean() for name in (row, base))
         change = (one - other).dropna()
         assert len(change) == line['pairs'] and line['spread'] == pytest.approx(change.std())
-        half = [stats.t.ppf(.975, n - 1) * change.std() / n**.5 for n in (line['1 point takes'] - 1, line['1 point takes'])]
-        assert half[1] < 1 and not half[0] < 1, 'so many, and no fewer'
+        takes = line['1 point takes']
+        fewer, half = (stats.t.ppf(.975, n - 1) * change.std() / n**.5 for n in (takes - 1, takes))
+        assert half < 1 and not fewer < 1, 'so many, and no fewer'
         for name, column in (('parameters', 'params_m'), ('FLOPs', 'flops_m_nine')):
             if column not in runs: continue
             ratio = runs[runs.row == base][column].mean() / runs[runs.row == row][column].mean()
