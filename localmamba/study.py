@@ -193,7 +193,7 @@ def pairs(
 
 def difference(
     values,  # differences, one a pair
-    looks: int = 1,  # how often they have been judged, this time included; `ALPHA` is shared by all looks
+    looks: int = 1,  # how often they have been judged, this time included; this look has `ALPHA` / looks
 ) -> dict:  # mean, low, high: a 95 % interval (97.5 at the second look); p: of no difference, times looks; pairs
     "The mean of paired differences, and how far it can be trusted."
     values = np.asarray(values, float)
@@ -266,7 +266,8 @@ CLAIMS = [
     _claim('Windows of 2×2 beat windows of 7×7', 'text, section 4.4', 'ablation_scan', 'local', 'local 7', VIM),
     _claim('Windows of 2×2 add to rows', 'Table 5: 75.2 against 73.1', 'ablation_scan', 'horizontal + local',
            'horizontal', VIM),
-    _claim('… more than columns do', 'no such control', 'ablation_scan', 'horizontal + local', 'cross', VIM),
+    _claim('Windows of 2×2 add more to rows than columns do', 'no such control', 'ablation_scan',
+           'horizontal + local', 'cross', VIM),
     _claim('SCAttn adds to both', 'Table 5: 75.8 against 75.2', 'ablation_scan', 'horizontal + local + SCAttn',
            'horizontal + local', VIM),
     _claim('The plain family needs its recurrence', 'no such control', 'ablation_scan', 'cross', 'no scan', VIM),
@@ -277,8 +278,8 @@ CLAIMS = [
            VMAMBA),
     _claim('The hierarchical family needs the order of tokens', 'no such control', 'ablation_scan', 'cross', 'random',
            VMAMBA),
-    _claim('… and does so without its convolution', 'no such control', 'ablation_scan', 'cross, no convolution',
-           'random, no convolution', VMAMBA),
+    _claim('The hierarchical family needs the order of tokens without its convolution', 'no such control',
+           'ablation_scan', 'cross, no convolution', 'random, no convolution', VMAMBA),
     _claim('SCAttn, as released, helps the plain family', 'Table 5: 75.8 against 75.2', 'ablation_scattn', 'channel',
            'none', VIM),
     _claim('SCAttn, as released, helps the hierarchical family', 'no such row', 'ablation_scattn', 'channel', 'none',
@@ -286,8 +287,8 @@ CLAIMS = [
     _claim('Gating tokens too, as in the figure, adds to it', 'Figure 3b', 'ablation_scattn', 'both', 'channel'),
     _claim('Searched directions beat un-searched ones', 'Table 2: 76.2 against 75.8', 'ablation_search', 'searched',
            'un-searched'),
-    _claim('… and beat chance', 'no such control', 'ablation_search', 'searched', 'random'),
-    _claim('… and their opposite', 'no such control', 'ablation_search', 'searched', 'worst'),
+    _claim('Searched directions beat chance', 'no such control', 'ablation_search', 'searched', 'random'),
+    _claim('Searched directions beat their opposite', 'no such control', 'ablation_search', 'searched', 'worst'),
     _claim('LocalVim beats Vim', 'Table 2: 76.2 against 73.1', 'families', 'LocalVim', 'Vim'),
     _claim('LocalVMamba beats VMamba', 'Table 2: 82.7 against 82.2', 'families', 'LocalVMamba', 'VMamba'),
     _claim('LocalVim beats DeiT', 'Table 2: 76.2 against 72.2', 'families', 'LocalVim', 'DeiT'),
@@ -317,11 +318,17 @@ def pairs_needed(
     return float(n[decided][0]) if decided.any() else float(most)
 
 # %% ../nbs/lib/43_study.ipynb #d599e04b
+def _families(values):
+    "Of how many models the pairs are."
+    grouped = isinstance(values, pd.Series) and 'model' in values.index.names and len(values)
+    return values.index.get_level_values('model').nunique() if grouped else 1
+
 def judge(
     claims,  # list of `Claim`: all of the page
     frames: dict,  # experiment -> one line a run; an experiment that is missing has no record
     choose=lambda claim, values: (values, 1),  # which of its `pairs` are judged, and `looks`
-) -> pd.DataFrame:  # a line a claim: what was compared, mean, low, high, p (corrected), pairs, looks, verdict, needed
+) -> pd.DataFrame:  # a line a claim: what was compared, mean, low, high, p (corrected), pairs, families (that these
+    # are of), looks, verdict, needed
     "Every claim with its verdict."
     lines = []
     for claim in claims:
@@ -331,7 +338,7 @@ def judge(
         values, looks = choose(claim, pairs(frame, claim.row, claim.base, claim.value)) if there else ([], 1)
         lines.append({'claim': claim.text, 'paper': claim.quoted, 'experiment': claim.experiment, 'model': claim.model,
                       'row': ', '.join(claim.row), 'base': ', '.join(claim.base), 'value': claim.value,
-                      'sign': claim.sign, **difference(values, looks), 'looks': looks})
+                      'sign': claim.sign, **difference(values, looks), 'families': _families(values), 'looks': looks})
     table = pd.DataFrame(lines)
     if not len(table): return table
     table['p'] = holm(table.p)
@@ -348,8 +355,9 @@ def said(
     if np.isnan(line['low']): return f'{line["mean"]:+.2f}, one pair'
     again = {2: ', trained longer', 3: ', trained longer, second look'}.get(line.get('stage'), '')
     sure = 100 * (1 - ALPHA / line.get('looks', 1))
+    of = f' of {line["families"]} families' if line.get('families', 1) > 1 else ''
     return (f'{line["mean"]:+.2f} points, {sure:g} % interval {line["low"]:+.2f} to {line["high"]:+.2f}, '
-            f'{line["pairs"]} pairs, corrected p = {line["p"]:.2g}{again}')
+            f'{line["pairs"]} pairs{of}, corrected p = {line["p"]:.2g}{again}')
 
 def _verdict_in_words(line):
     open_ = line['verdict'] == 'not decided' and not np.isnan(line['needed'])

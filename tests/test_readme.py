@@ -3,6 +3,7 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -27,9 +28,10 @@ RECORDS = [line for line in SPEEDRUN.read_text().splitlines() if '[record](' in 
 
 @pytest.mark.parametrize('line', RECORDS, ids=lambda line: line.split('runs/')[1].rstrip(') |'))
 def test_the_record_book_says_what_the_records_say(line):
-    *_, epochs, top1, params_m, seconds, _, log = (cell.strip('* ') for cell in line.strip('|').split('|'))
+    *_, epochs, top1, params_m, seconds, _, commit, log = (cell.strip('* ') for cell in line.strip('|').split('|'))
     run = SPEEDRUN.parent/re.search(r'\((.+)\)', log)[1]
-    metrics, params = (json.loads((run/f'{name}.json').read_text()) for name in ('metrics', 'params'))
+    metrics, params, env = (json.loads((run/f'{name}.json').read_text()) for name in ('metrics', 'params', 'env'))
+    assert env['git_commit'].startswith(commit.split(',')[0]) and ('changed' in commit) == env['git_dirty']
     said = epochs, top1.split()[0].strip('*'), params_m.split()[0], re.match(r'[0-9,]*[0-9]', seconds)[0]
     assert said == (str(params['epochs']), f"{metrics['top1']:.2f}", f"{metrics['params_m']:.3f}",
                     f"{metrics['seconds']:,.0f}")
@@ -52,3 +54,14 @@ def test_the_readme_quotes_the_main_experiment():
     with_it, without = (re.search(rf'^ *{row} +none .* (\S+) ± ', seen, re.M)[1] for row in rows)
     page = ' '.join(text(ROOT/'README.md').split())
     assert f'({said})' in page and f'({float(without):.0f} against {float(with_it):.0f} %' in page
+
+
+def test_the_readme_counts_the_verdicts():
+    claims = pd.read_csv(ROOT/'results/miniature/claims.csv')
+    count = claims.verdict.value_counts()
+    readme = ' '.join(text(ROOT/'README.md').split())
+    left = sum((claims.stage > 1) | (claims.verdict == 'not decided'))
+    assert f'over all {len(claims)} claims' in readme and f'over the {left} that two passes left open' in readme
+    assert (f'{count["holds"]} claims hold, {count["contradicted"]} are contradicted, '
+            f'{count["no difference above 1 point"]} show no difference above 1 point, and {count["not decided"]} stay '
+            f'open: at most {len(claims) // 4} were to') in readme

@@ -43,6 +43,9 @@ def test_the_readme_is_made_from_the_records(records, monkeypatch):
         after = np.asarray(Image.open(path).convert('RGB'), int)
         assert after.shape == picture.shape and abs(after - picture).mean() < 1, path.name
     assert set(space['page'].verdict) <= {'holds', 'contradicted'} and len(space['page']) >= 7
+    gates = space['page'].set_index('claim').loc['SCAttn gates channels and tokens']
+    assert gates.verdict == 'contradicted' and gates.found.endswith('channels and tokens: 0')
+    assert list(space['fields']) == ['Vim', 'LocalVim', 'VMamba', 'LocalVMamba', 'DeiT']
     assert set(space['miniature'].verdict) <= set(VERDICTS)
     assert space['miniature'].claim.is_unique, 'no claim has two verdicts'
     assert (records/'results/miniature/claims.csv').exists()
