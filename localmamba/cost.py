@@ -11,6 +11,7 @@ from numbers import Integral, Number
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mha, mkldnn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .mixer import ScanMixer, SS2D, VimMixer, check_choice
@@ -39,7 +40,7 @@ def scan_flops(
     E, N, R = mixer.d_inner, mixer.d_state, mixer.dt_rank
     steps = [len(scan_order(d, height, width, mixer.padding)) + extra for d in mixer.directions]
     if isinstance(mixer, SS2D):
-        gate_norm = 0 if mixer.attn.mode == 'none' else 5*E*height*width
+        gate_norm = 0 if getattr(mixer.attn, 'mode', 'none') == 'none' else 5*E*height*width
         gates = 1 if mixer.scattn_at == 'merged' else len(steps)
         return len(steps) * max(steps) * (9*E*N + E + E*(2*R + 2*N)) + gates * gate_norm
     projections = [L * E * (mixer.conv_weight.shape[-1] + 2*R + 2*N) for L in steps]
@@ -120,9 +121,13 @@ def count_flops(
     check_choice(convention=(convention, CONVENTIONS))
     args, kwargs = _arguments(model, img_size)
     modes, (calls, norms, handles) = [(m, m.training) for m in model.modules()], _observe(model)
+    fused = mha.get_fastpath_enabled()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter: model.eval()(*args, **kwargs)
+        mha.set_fastpath_enabled(False)  # whole encoders and LSTMs are operators that PyTorch does not count
+        with torch.no_grad(), mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+            model.eval()(*args, **kwargs)
     finally:
+        mha.set_fastpath_enabled(fused)
         for module, mode in modes: module.training = mode
         for handle in handles: handle.remove()
     counted = counter.get_flop_counts().get('Global', {})  # nothing, if no operator is one that PyTorch counts

@@ -155,6 +155,7 @@ def traced(
 ) -> torch.export.ExportedProgram:  # our operators still in it
     "A model as a program for inputs of one size; raises `ValueError` for a model in training mode."
     if model.training: raise ValueError('model: got training mode; allowed: evaluation, model.eval()')
+    if dynamic_batch and len(example) == 1: example = torch.cat([example] * 2)  # one sample would stand for one only
     shapes = ({0: torch.export.Dim('batch', min=1)} if dynamic_batch else {},)
     first = next(iter(inspect.signature(model.forward).parameters.values()))
     if first.kind is first.VAR_POSITIONAL: shapes = (shapes,)  # wrappers, of peft and others: forward(*args, **kwargs)

@@ -241,12 +241,18 @@ class ScanMixer(Described):
         self.x_proj = nn.Parameter(torch.empty(K, R + 2*N, E))
         self.dt_proj = nn.Parameter(torch.empty(K, E, R))
         self.dt_bias = nn.Parameter(torch.empty(K, E))
-        self.A_log = nn.Parameter(torch.arange(1., N + 1).log().repeat(K, E, 1))
-        self.D = nn.Parameter(torch.ones(K, E))
+        self.A_log = nn.Parameter(torch.empty(K, E, N))
+        self.D = nn.Parameter(torch.empty(K, E))
         self.in_proj = nn.Linear(dim, 2*E, bias=False)
         self.out_proj = nn.Linear(E, dim, bias=False)
-        self.attn = SCAttn(E, mode=scattn)
+        self.attn = SCAttn(E, min(8, E), mode=scattn)
         self.alpha = nn.Parameter(1e-3 * torch.randn(K)) if search else None
+
+    def start_recurrence(self):
+        "As released: decays of -1 to -N in every channel, a skip of 1."
+        with torch.no_grad():
+            self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=self.A_log.dtype, device=self.A_log.device).log())
+            self.D.fill_(1)
 
     @property
     def A(self):
@@ -353,12 +359,18 @@ class VimMixer(ScanMixer):
         check_choice(d_conv=(d_conv, range(1, 9)))  # what `directional_conv` takes
         K, E = len(self.directions), self.d_inner
         self.flip_cls = flip_cls
-        self.conv_weight = nn.Parameter(torch.empty(K, E, d_conv).uniform_(-d_conv**-0.5, d_conv**-0.5))
-        self.conv_bias = nn.Parameter(torch.empty(K, E).uniform_(-d_conv**-0.5, d_conv**-0.5))
+        self.conv_weight = nn.Parameter(torch.empty(K, E, d_conv))
+        self.conv_bias = nn.Parameter(torch.empty(K, E))
         self.reset_parameters()
 
-    def reset_parameters(self, depth: int = 1):
+    def reset_parameters(self,
+        depth: int = 1,  # of the model, blocks
+        conv: bool = True,  # draw the convolution too
+    ):
         "As released: every linear map trunc_normal(0.02) with zero bias, Δ's included; `out_proj` scaled by `depth`."
+        side = self.conv_weight.shape[-1]**-0.5
+        for weight in (self.conv_weight, self.conv_bias) if conv else (): nn.init.uniform_(weight, -side, side)
+        self.start_recurrence()
         for weight in (self.in_proj.weight, self.x_proj, self.dt_proj): start_weights(weight)
         nn.init.zeros_(self.dt_bias)
         for linear in (m for m in self.attn.modules() if isinstance(m, nn.Linear)):
@@ -414,6 +426,7 @@ class SS2D(ScanMixer):
 
     def reset_parameters(self, dt_min: float = 1e-3, dt_max: float = 0.1):
         "As released: Δ starts log-uniform in [dt_min, dt_max], the linear layers at trunc_normal(0.02)."
+        self.start_recurrence()
         for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
             start_weights(linear.weight)
             if linear.bias is not None: nn.init.zeros_(linear.bias)

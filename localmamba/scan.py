@@ -111,7 +111,7 @@ def scan_tokens(
     if x.ndim != 4: raise ValueError(f'x: got shape {tuple(x.shape)}; allowed: (B, H, W, C)')
     order = scan_order(direction, x.shape[1], x.shape[2], padding).to(x.device)
     tokens = x.flatten(1, 2)[:, order.clamp(min=0)]
-    return tokens * (order >= 0).unsqueeze(1).to(x.dtype)
+    return tokens.masked_fill((order < 0).unsqueeze(1), 0)
 
 # %% ../nbs/lib/00_scan.ipynb #db409b12
 def unscan_tokens(

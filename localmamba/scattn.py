@@ -154,6 +154,11 @@ _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_
 _FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Conv2d)}
 
 
+def _own(weight):
+    "May an operator read it? A class of others' (torchao's, DTensor) serves `F.linear` and its like alone."
+    return type(weight).__name__ in ('Tensor', 'Parameter', 'Buffer', 'FakeTensor', 'FunctionalTensor')
+
+
 def plain(
     module: nn.Module,
     kind: type | None = None,  # must be exactly this; None: nn.Linear, nn.LayerNorm or nn.Conv2d
@@ -173,7 +178,7 @@ def _fits(self: SCAttn, branches):
     if not plain(norm, nn.LayerNorm) or norm.eps != 1e-5: return False
     if not all(plain(layer, nn.Linear) for layer in layers): return False
     parameters = [p for module in (norm, *layers) for p in (module.weight, module.bias)]
-    return None not in parameters and not transformed(branches, *parameters)
+    return all(_own(p) for p in parameters) and not transformed(branches, *parameters)
 
 
 @patch

@@ -23,8 +23,8 @@ from fastai.callback.core import Callback
 from torch import Tensor, nn
 
 from .files import cut, write_text
-from .mixer import ScanMixer, check_choice, check_directions, facts_in, layer_directions
-from .models.weights import read_checkpoint
+from .mixer import ScanMixer, check_choice, check_directions, check_sizes, facts_in, layer_directions
+from .models.weights import read_checkpoint, weights_in
 from .scan import DIRECTIONS
 
 # %% ../nbs/lib/20_search.ipynb #78e0ae0f
@@ -59,7 +59,7 @@ def search_weights(
     "The α of every layer of a supernet; raises `ValueError` for a model that is none."
     if isinstance(source, nn.Module): own, source = _candidates_of_model(source), source.state_dict()
     else:
-        if not isinstance(source, dict): source = read_checkpoint(source)
+        source = weights_in(source, 'source') if isinstance(source, dict) else read_checkpoint(source)
         own = _candidates_of(source)
     if None not in (candidates, own) and tuple(candidates) != own:
         raise ValueError(f"candidates: got {tuple(candidates)}; allowed: the source's own, {own}")
@@ -79,6 +79,7 @@ def top_directions(
     worst: bool = False,  # keep the lightest instead
 ) -> list[tuple[str, ...]]:  # one tuple a layer, in the order of the candidates
     "The `top` heaviest candidates of each layer."
+    if isinstance(weights, Tensor): weights = weights.detach().double().cpu()
     weights = np.asarray(weights, dtype=np.float64)
     if weights.ndim != 2 or weights.shape[1] != len(candidates):
         raise ValueError(f'weights: got shape {weights.shape}; allowed: (layers, {len(candidates)})')
@@ -132,7 +133,10 @@ def agreement(
     *lists,  # two or more, each with one tuple a layer
 ) -> float:  # 0 to 1
     "The share of directions that two lists have in common, averaged over layers and pairs of lists."
+    lists = [[tuple(layer) for layer in directions] for directions in lists]
     if len(lists) < 2: raise ValueError(f'lists: got {len(lists)}; allowed: two or more')
+    if not all(directions and all(directions) for directions in lists):
+        raise ValueError('lists: got none of a layer; allowed: one direction or more for each of one layer or more')
     kept = {tuple(len(layer) for layer in directions) for directions in lists}
     if len(kept) > 1: raise ValueError(f'lists: got {sorted(kept)} directions a layer; allowed: lists of one model')
     pairs = ((x, y) for a, b in combinations(lists, 2) for x, y in zip(a, b))
@@ -146,6 +150,9 @@ def chance_agreement(
     lists: int = 2,  # how many are compared
 ) -> pd.Series:  # agreement -> probability
     "How likely each agreement is between random lists (or between random ones and one that is not)."
+    check_sizes(depth=depth, top=top, candidates=candidates)
+    if top > candidates or lists < 2:
+        raise ValueError(f'top, lists: got {top}, {lists}; allowed: up to {candidates} candidates, two lists or more')
     counts, choices = {(0,) * candidates: 1.}, list(combinations(range(candidates), top))
     for _ in range(lists):
         after = Counter()

@@ -457,3 +457,52 @@ def test_any_module_is_counted():
     assert count_flops(Several(3, 4), ([torch.zeros(2, 3), torch.zeros(1, 3)],)) == 36
     for size in (0, '32', None, (32,), 3.5):
         with pytest.raises(ValueError, match='img_size: got'): count_flops(mixer, size)
+
+
+def test_features_that_are_not_pooled(name):
+    "timm's way to ask for them, and back."
+    x = torch.randn(2, 3, 32, 32)
+    model = timm.create_model(name, num_classes=0, global_pool='').eval()
+    assert_close(model(x), model.forward_features(x))
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == model(x).shape
+    model.reset_classifier(3, 'avg')
+    assert model(x).shape == (2, 3)
+    model.reset_classifier(0, '')
+    assert_close(model(x), model.forward_features(x))
+    assert timm.create_model(name, global_pool='avg').eval()(x).ndim == 2
+    with pytest.raises(ValueError, match="global_pool: got 'max'; allowed: None, '', 'avg'"):
+        model.reset_classifier(3, 'max')
+
+
+def test_numbers_of_classes(name):
+    assert timm.create_model(name, num_classes=np.int64(5)).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    for wrong in (True, 2.5):
+        with pytest.raises(ValueError, match='num_classes: got'): timm.create_model(name, num_classes=wrong)
+
+
+def test_a_model_made_without_numbers_gets_them_all(name):
+    "`meta`, `to_empty`, then what draws the weights."
+    with torch.device('meta'): model = timm.create_model(name)
+    model.to_empty(device='cpu')
+    with torch.no_grad():
+        for p in model.parameters(): p.fill_(torch.nan)
+    for module in model.modules():
+        if module is not model and hasattr(module, 'reset_parameters'): module.reset_parameters()
+    if hasattr(model, 'init_weights'): model.init_weights()
+    assert not [n for n, p in model.named_parameters() if not p.isfinite().all()]
+
+
+def test_what_flop_counters_miss_is_counted():
+    "Fused encoders and LSTMs; a mixer whose gate is somebody's own."
+    z = torch.zeros(1, 16, 64)
+    assert count_flops(nn.MultiheadAttention(64, 4, batch_first=True), (z, z, z)) == 4 * 16 * 64**2 + 2 * 16**2 * 64
+    assert count_flops(nn.LSTM(8, 16, batch_first=True), torch.zeros(1, 5, 8)) == 5 * 4 * 16 * (8 + 16)
+    assert torch.backends.mha.get_fastpath_enabled()
+    model = timm.create_model('test_local_vmamba', scattn='none')
+    expected = count_flops(model, 32)
+    for mixer in model.mixers: mixer.attn = nn.Identity()
+    assert count_flops(model, 32) == expected
+
+
+def test_narrow_mixers():
+    for mixer in (SS2D(2), SS2D(3), VimMixer(1)): assert mixer(torch.randn(1, 4, 4, mixer.dim)).shape[-1] == mixer.dim

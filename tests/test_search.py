@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from localmamba.models.weights import to_released
 from localmamba.runs import Run, read_csv
-from localmamba.search import (PLANTED, AlphaRecord, entropy, planted, read_directions, resolve_directions,
+from localmamba.search import (PLANTED, AlphaRecord, agreement, chance_agreement, entropy, planted, read_directions,
+                               resolve_directions,
                                searched_directions, search_weights, top_directions, write_directions)
 from localmamba.train import fit, param_groups
 from notebooks import execute, project
@@ -191,3 +192,14 @@ def test_families_searches_where_no_file_is_given(tmp_path, monkeypatch):
     before = [run.name for run in space['runs']]
     _, space = execute('families', **given, searched_vmamba=str(found))
     assert [run.name for run in space['runs']] == before
+
+
+def test_helpers_say_what_they_take():
+    model = timm.create_model('test_local_vmamba', directions='search')
+    assert searched_directions({'model': model.state_dict()}) == searched_directions(model)
+    weights = torch.randn(2, 8, requires_grad=True)
+    assert top_directions(weights) == top_directions(weights.detach().numpy())
+    for call in (lambda: chance_agreement(2, top=9), lambda: chance_agreement(2, lists=1), lambda: chance_agreement(0)):
+        with pytest.raises(ValueError, match='; allowed: '): call()
+    for lists in (([], []), ([()], [()])):
+        with pytest.raises(ValueError, match='lists: got none of a layer'): agreement(*lists)

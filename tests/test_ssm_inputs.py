@@ -705,3 +705,55 @@ def test_fuzz(lanes):
     script = Path(__file__).with_name('fuzz_ssm.py')
     result = subprocess.run([sys.executable, script, '60', str(lanes)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize('name', ['test_local_vim', 'test_local_vmamba'])
+def test_another_default_dtype_changes_nothing(name, dtype):
+    "What the kernels write into is of fp32, whatever new tensors are."
+    torch.manual_seed(0)
+    model, x = timm.create_model(name).eval(), torch.randn(2, 3, 32, 32)
+    def out_and_gradients():
+        y = model(x)
+        return y, *torch.autograd.grad(y.logsumexp(1).sum(), list(model.parameters()))
+    expected, before = out_and_gradients(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try: found = out_and_gradients()
+    finally: torch.set_default_dtype(before)
+    for a, b in zip(found, expected, strict=True): assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_transform_of_a_transform_leaves_nothing_behind():
+    "The rotation of a size that only a nested transform has seen is a plain one afterwards."
+    model = timm.create_model('test_local_vim', depth=1, img_size=8, embed_dim=12).eval()
+    x = torch.randn(1, 3, 8, 8)
+    torch.func.hessian(lambda s: model(x * s).logsumexp(1).sum())(torch.ones(()))
+    by_transform = torch.func.grad(lambda x: model(x).sum())(x)
+    leaf = x.clone().requires_grad_()
+    model(leaf).sum().backward()
+    assert_close(by_transform, leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_linearize_is_served():
+    model, x = timm.create_model('test_local_vmamba').eval(), torch.randn(1, 3, 32, 32)
+    y, tangent = torch.func.linearize(model, x)
+    assert_close(y, model(x))
+    assert_close(tangent(torch.ones_like(x)), torch.func.jvp(model, (x,), (torch.ones_like(x),))[1])
+
+
+class ForLinear(torch.Tensor):
+    "A weight that knows the functions of PyTorch alone, as torchao's quantised ones."
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if 'localmamba' in str(function): raise NotImplementedError(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_weights_of_other_classes_are_asked_not_read():
+    gate, branches = SCAttn(16).eval(), torch.randn(2, 4, 9, 16)
+    assert gate._fits(branches)
+    with torch.no_grad():
+        expected = gate.merge(branches)
+        gate.channel_select.weight = torch.nn.Parameter(gate.channel_select.weight.as_subclass(ForLinear))
+        assert not gate._fits(branches)
+        assert_close(gate.merge(branches).as_subclass(torch.Tensor), expected)

@@ -356,3 +356,9 @@ def test_try_it_draws_what_is_chosen(monkeypatch, tmp_path):
     controls.layers.value = controls.layers.max
     after = controls.depends.value, controls.read.value
     assert all(a != b and a[:4] == b'\x89PNG' for a, b in zip(after, before))
+
+
+def test_an_example_of_one_exports_for_any_number():
+    mixer, x = SS2D(8).eval(), torch.randn(3, 5, 7, 8)
+    program = traced(mixer, x[:1]).module()
+    with torch.no_grad(): assert_close(program(x), mixer(x))

@@ -4,6 +4,7 @@ import datetime
 import enum
 import logging
 import os
+import re
 import zipfile
 from collections import OrderedDict, defaultdict
 from functools import partial
@@ -298,3 +299,37 @@ def test_a_checksum_of_any_kind_of_number(dtype):
     a, b = ({'x': torch.tensor([[1, 0], [n, 1]]).to(dtype).t(), 'none': torch.zeros(0).to(dtype)} for n in (0, 1))
     assert checksum(a) == checksum({name: x.clone() for name, x in a.items()}) != checksum(b)
     assert not absurd_in(a)
+
+
+def first_names(state):
+    "VMamba v0's first names, by those that it and the release of LocalMamba have now."
+    now = (r'patch_embed\.0\.', 'patch_embed.proj.'), (r'patch_embed\.2\.', 'patch_embed.norm.'), (r'^classifier\.', '')
+    now += (r'(blocks\.\d+)\.norm\.', r'\1.ln_1.'), (r'\.op\.', '.self_attention.')
+    for old, new in now: state = {re.sub(old, new, name): value for name, value in state.items()}
+    return state
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', 'backbone.'])
+@pytest.mark.parametrize('load', [load_released, load_weights, lambda model, state: model.load_state_dict(state)])
+def test_the_first_names_of_vmamba(prefix, load):
+    def make(): return timm.create_model('vmamba_tiny', dims=(16, 32), depths=(1, 1), num_classes=10)
+    model, other = make(), make()
+    state = first_names(to_released(model))
+    assert 'layers.0.blocks.0.self_attention.A_logs' in state and 'norm.weight' in state
+    if prefix and load not in (load_released, load_weights): return
+    load(other, {prefix + name: value for name, value in state.items()})
+    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True): assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('released', [False, True])
+def test_another_head_is_kept_whatever_it_is(name, released):
+    model = timm.create_model(name)
+    state = to_released(model) if released else model.state_dict()
+    for head in (nn.Identity(), nn.Sequential(nn.Dropout(), nn.Linear(model.num_features, 3))):
+        other = timm.create_model(name)
+        other.head = head
+        kept = [p.clone() for p in head.parameters()]
+        load_weights(other, state, new_head=True)
+        for a, b in zip(head.parameters(), kept, strict=True): assert torch.equal(a, b)
+        assert torch.equal(other.layers[0].state_dict()[next(iter(other.layers[0].state_dict()))],
+                           model.layers[0].state_dict()[next(iter(model.layers[0].state_dict()))])

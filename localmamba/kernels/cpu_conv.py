@@ -161,7 +161,8 @@ def conv_backward(
     "Gradients of the convolution, the same bits at every call."
     m, kept = _conv_fields(x, weight, bias, order, CONV_STEPS)
     dy, (K, channels, taps), batch = adjacent(dy, short=True), weight.shape, len(x)
-    dx, dw, dbias = torch.empty(x.shape), torch.empty(batch, K, taps, channels), torch.empty(batch, K, channels)
+    sizes = x.shape, (batch, K, taps, channels), (batch, K, channels)
+    dx, dw, dbias = (torch.empty(size, dtype=torch.float32) for size in sizes)
     fields = CALL.dy, CALL.dx, CALL.dweight, CALL.dbias
     for field, t, axes in zip(fields, (dy, dx, dw, dbias), ('bkrc', 'brc', 'bkrc', 'bkc')):
         enter(m, field, t, axes)

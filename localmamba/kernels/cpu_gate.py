@@ -159,7 +159,7 @@ def gate_pool(
 ) -> tuple[torch.Tensor, torch.Tensor]: # (Bt, K, E), and each row's mean and scale (Bt, K, T, 2)
     "The mean over tokens of the normalised rows of each branch."
     branches, (batch, K, T, E) = adjacent(branches, short=True), branches.shape
-    pooled, moments = torch.empty(batch, K, E), torch.empty(batch, K, T, 2)
+    pooled, moments = (torch.empty(batch, K, *rest, dtype=torch.float32) for rest in ((E,), (T, 2)))
     _gate_call(_pool_forward, _each_branch, branches=branches, pooled=pooled, moments=moments)
     return pooled, moments
 
@@ -179,7 +179,7 @@ def gate_factor_backward(
     branches: torch.Tensor,  # (Bt, K, T, E)
 ) -> torch.Tensor: # (Bt, K, E)
     "The gradient of the factors."
-    dfactors = torch.empty(*branches.shape[:2], branches.shape[3])
+    dfactors = torch.empty(*branches.shape[:2], branches.shape[3], dtype=torch.float32)
     branches, dy = (adjacent(x, short=True) for x in (branches, dy))
     _gate_call(_factor_backward, _each_branch, branches=branches, dy=dy, dfactors=dfactors)
     return dfactors

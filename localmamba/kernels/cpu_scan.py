@@ -406,8 +406,8 @@ def scan_forward(
     tokens = z.shape[-2] if z is not None else u.shape[-2] if not along_order else _tokens(order)
     short = u.dtype == torch.bfloat16 and channels % WIDTH == 0
     y = torch.empty(batch, K, tokens, channels, dtype=torch.bfloat16 if short else torch.float32)
-    last = (torch.empty if L else torch.zeros)(batch, K, channels, N)   # no step, no state
-    saved = torch.empty(saved_shape(batch, K, L, channels, N))
+    last = (torch.empty if L else torch.zeros)(batch, K, channels, N, dtype=torch.float32)  # no step, no state
+    saved = torch.empty(saved_shape(batch, K, L, channels, N), dtype=torch.float32)
     m, kept = scan_table((u, delta, A, B, C, D, z, delta_bias), order, delta_softplus, along_order, saved)
     m[CALL.limit] = token_limit(order, along_order, (y, z), (u, delta, B, C))
     for field, x in ((CALL.y, y), (CALL.last, last)): enter(m, field, x, 'bkrc')

@@ -8,6 +8,7 @@ __all__ = ['Sums', 'PAIR', 'states_of', 'sides', 'rewalk', 'walk_back', 'prepare
 
 # %% ../../nbs/lib/06a_scan_back_cpu.ipynb #7a2cf147
 from collections import namedtuple
+from functools import partial
 
 import torch
 
@@ -249,7 +250,7 @@ def scan_backward(
     m, kept = scan_table((u, delta, A, B, C, D, z, delta_bias), order, delta_softplus, along_order, saved)
     m[CALL.limit] = token_limit(order, along_order, (dy, z), (u, delta, B, C))
     (K, _), batch, channels, groups, rows = order.shape, len(u), A.shape[1], m[CALL.groups], delta.shape[2]
-    new = torch.empty if channels else torch.zeros
+    new = partial(torch.empty if channels else torch.zeros, dtype=torch.float32)
     made = dict(dy=kernel_form(dy), dlast=None if dlast_state is None else dlast_state.float(), dA=new(batch, *A.shape),
                 du=new(batch, K, rows, channels), ddelta=new(batch, K, rows, channels),
                 dz=None if z is None else new(batch, K, dy.shape[2], channels))

@@ -8,6 +8,8 @@ __all__ = ['ROTATIONS', 'RELEASED_URL', 'SMALL_IMAGES', 'check_image', 'check_ra
            'VisionModel', 'model_cfg', 'expand_directions']
 
 # %% ../../nbs/lib/12_models.ipynb #66a05245
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -15,7 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..mixer import ScanMixer, check_sizes, start_weights
+from ..mixer import ScanMixer, check_choice, check_sizes, start_weights
 from ..scan import Kept
 
 # %% ../../nbs/lib/12_models.ipynb #7c3f3502
@@ -63,10 +65,10 @@ def new_classifier(
     like: Tensor,  # its device and dtype are taken
 ) -> nn.Module:
     "A linear classifier, or the identity; raises `ValueError` for a negative number."
-    if not isinstance(num_classes, int) or num_classes < 0:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 0:
         raise ValueError(f'num_classes: got {num_classes!r}; allowed: 0 (no classifier) or more')
     if not num_classes: return nn.Identity()
-    head = nn.Linear(features, num_classes, device=like.device, dtype=like.dtype)
+    head = nn.Linear(features, int(num_classes), device=like.device, dtype=like.dtype)
     start_weights(head.weight)
     nn.init.zeros_(head.bias)
     return head
@@ -122,7 +124,7 @@ def rope_tables(
     for old, new in zip(grids, grids[1:]): both = resize_grid(both, old, new)
     tables = [t.repeat_interleave(2, -1) for t in both.chunk(2, -1)]
     if cls_index is not None:
-        still = torch.ones(1, dim), torch.zeros(1, dim)
+        still = (make(1, dim, dtype=both.dtype) for make in (torch.ones, torch.zeros))
         tables = [torch.cat([t[:cls_index], s, t[cls_index:]]) for t, s in zip(tables, still)]
     return tuple(t.to(device) for t in tables)
 
@@ -135,8 +137,9 @@ def _stacked(*args):
 def cached_rope_tables(
     *args,  # see `rope_tables`
 ) -> tuple[Tensor, Tensor]:
-    "The rotation of every token, computed once; made anew where a compiler must see how, and from fake tensors."
-    made_anew = torch.compiler.is_compiling() or getattr(torch._C, '_len_torch_dispatch_stack', int)()
+    "The rotation of every token, computed once; made anew under a compiler, a transform, and from fake tensors."
+    under = (getattr(torch._C, name, int) for name in ('_len_torch_dispatch_stack', '_are_functorch_transforms_active'))
+    made_anew = torch.compiler.is_compiling() or any(ask() for ask in under)
     return rope_tables(*args) if made_anew else ROTATIONS.get(args, lambda: _stacked(*args)).unbind()
 
 # %% ../../nbs/lib/12_models.ipynb #99578f52
@@ -161,6 +164,7 @@ class VisionModel(nn.Module):
     "What both families offer: another classifier, recomputation, parameter groups, features of fewer layers."
     last_norm = 'norm'  # its attribute
     grad_checkpointing = False
+    pooled = True  # before the classifier
 
     @property
     def mixers(self) -> list[ScanMixer]:
@@ -170,9 +174,9 @@ class VisionModel(nn.Module):
     def forward_head(self,
         x: Tensor,  # what `forward_features` returns
         pre_logits: bool = False,  # stop before the classifier
-    ) -> Tensor:  # (B, num_classes), or (B, num_features)
+    ) -> Tensor:  # (B, num_classes), or (B, num_features); not pooled: x with classes or features last
         "Pool and classify."
-        x = F.dropout(self.pool(x), self.drop_rate, self.training)
+        x = F.dropout(self.pool(x) if self.pooled else x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
     def forward(self,
@@ -202,10 +206,13 @@ def get_classifier(self: VisionModel) -> nn.Module:
 @patch
 def reset_classifier(self: VisionModel,
     num_classes: int,  # 0: none
-    global_pool: str | None = None,  # ignored: the read-out is part of the architecture
+    global_pool: str | None = None,  # '': features are not pooled; the architecture's own name; None: as it is
 ):
-    "A new, freshly initialised classifier; raises `ValueError` for a negative number."
-    self.head, self.num_classes = new_classifier(self.num_features, num_classes, next(self.parameters())), num_classes
+    "A new, freshly initialised classifier; raises `ValueError` for a negative number, or another read-out."
+    own = 'token' if getattr(self, 'num_prefix_tokens', 0) else 'avg'  # timm's names
+    check_choice(global_pool=(global_pool, (None, '', own)))
+    self.head = new_classifier(self.num_features, num_classes, next(self.parameters()))
+    self.num_classes, self.pooled = int(num_classes), self.pooled if global_pool is None else global_pool != ''
 
 @patch
 def set_grad_checkpointing(self: VisionModel,

@@ -94,6 +94,7 @@ class LocalVim(Described, VisionModel):
         expand: float = 2,  # d_inner / D; D times it is a whole number
         scattn_at: str = 'branch',  # gate each `'branch'`, or their `'merged'` map, see `ScanMixer`
         resize: str | None = None,  # rotation on another grid: `'exact'`, or as `'release'`; None: as the weights say
+        global_pool: str | None = None,  # see `reset_classifier`
     ):
         super().__init__()
         check_choice(readout=(readout, READOUTS), resize=(resize, (None, *RESIZES)))
@@ -119,21 +120,29 @@ class LocalVim(Described, VisionModel):
         self.layers = nn.ModuleList(Block(embed_dim, r, directions=d, search=search, **mixer) for d, r in blocks)
         self.norm_f = RMSNorm(embed_dim, eps=1e-5)
         self.feature_info = [dict(module=f'layers.{i}', num_chs=embed_dim, reduction=patch_size) for i in range(depth)]
-        self.reset_classifier(num_classes)
-        self.init_weights()
+        self.reset_classifier(num_classes, global_pool)
+        self._start(conv=False)  # the mixers have just drawn theirs
         self.register_load_state_dict_pre_hook(accept_released)
         self.note_arguments(patch_size=patch_size, embed_dim=embed_dim, depth=depth, candidates=candidates, rope=rope,
                             directions='search' if search else self.directions, readout=readout, resize=resize,
-                            abs_pos_embed=abs_pos_embed, rope_pretrained_grid=rope_pretrained_grid, **mixer)
+                            abs_pos_embed=abs_pos_embed, rope_pretrained_grid=rope_pretrained_grid, **mixer,
+                            **({} if self.pooled else {'global_pool': ''}))
 
 # %% ../../nbs/lib/14_localvim.ipynb #000a8d53
 @patch
-def init_weights(self: LocalVim, mode: str = ''):
+def init_weights(self: LocalVim,
+    mode: str = '',  # timm's; ignored
+):
     "As released: patches lecun_normal, position trunc_normal(0.02), class token zero, `out_proj` scaled by the depth."
+    self._start(conv=True)
+
+@patch
+def _start(self: LocalVim, conv):
     lecun_normal_(self.patch_embed.proj.weight)
     nn.init.zeros_(self.patch_embed.proj.bias)
     if self.pos_embed is not None: trunc_normal_(self.pos_embed, std=0.02)
-    for block in self.layers: block.mixer.reset_parameters(depth=len(self.layers))
+    if self.cls_token is not None: nn.init.zeros_(self.cls_token)
+    for block in self.layers: block.mixer.reset_parameters(len(self.layers), conv)
 
 # %% ../../nbs/lib/14_localvim.ipynb #ac7053d7
 @patch

@@ -133,6 +133,7 @@ class LocalVMamba(VisionModel):
         scattn_at: str = 'branch',  # gate each `'branch'`, or their `'merged'` map, see `ScanMixer`
         img_size: int | tuple[int, int] | None = None,  # pixels; accepted, and not needed: any size works
         d_conv: int = 3,  # side of the mixers' convolution
+        global_pool: str | None = None,  # see `reset_classifier`
     ):
         super().__init__()
         for name, sizes in (('dims', dims), ('depths', depths)):
@@ -160,12 +161,13 @@ class LocalVMamba(VisionModel):
         self.feature_info = [dict(module=f'layers.{s}', num_chs=dim, reduction=patch_size * 2**s)
                              for s, dim in enumerate(dims)]
         for stage in self.layers[:-1]: trunc_normal_(stage.downsample.reduction.weight, std=0.02)
-        self.reset_classifier(num_classes)
+        self.reset_classifier(num_classes, global_pool)
         self.register_load_state_dict_pre_hook(accept_released)
         self.note_arguments(
             dims=tuple(dims), depths=tuple(depths), d_state=d_state, scattn=scattn, scattn_at=scattn_at,
             padding=padding, directions='search' if search else self.directions, candidates=candidates,
-            merge=merge, patch_size=patch_size, expand=expand, d_conv=d_conv)
+            merge=merge, patch_size=patch_size, expand=expand, d_conv=d_conv,
+            **({} if self.pooled else {'global_pool': ''}))
 
 # %% ../../nbs/lib/15_localvmamba.ipynb #0be7766f
 @patch

@@ -97,8 +97,22 @@ def _flavour_of(model, state):
     ours = without_facts(model.state_dict()).keys()
     return flavour if len(wanted & state.keys()) > len(ours & state.keys()) else None
 
+_OLDER = ((r'\.ln_1\.', '.norm.'), (r'\.self_attention\.', '.op.'), (r'^patch_embed\.proj\.', 'patch_embed.0.'),
+          (r'^patch_embed\.norm\.', 'patch_embed.2.'), (r'^(norm|head)\.', r'classifier.\1.'))
+
+def _newer(state):
+    "VMamba v0's first names in its later ones, which the release of LocalMamba took over."
+    if not any('.self_attention.x_proj_weight' in name for name in state): return state
+    front = next((name[:name.index('patch_embed.')] for name in state if 'patch_embed.' in name), '')
+    def renamed(name):
+        inner = name.removeprefix(front)
+        for old, new in _OLDER: inner = re.sub(old, new, inner)
+        return inner if inner == name.removeprefix(front) and not name.startswith(front) else front + inner
+    return OrderedDict((renamed(name), value) for name, value in state.items())
+
 def _unwrapped(model, state):
     "The part of a state dict that is the model's, where a larger network's prefix stands before its names."
+    if hasattr(model, 'released_layout'): state = _newer(state)
     known = model.state_dict().keys() | _released_names(model)
     before = Counter(f'{front}.' for name in state for front in _fronts(name) if name[len(front) + 1:] in known)
     readings = [state] + [OrderedDict((n.removeprefix(prefix), v) for n, v in state.items())
@@ -160,12 +174,12 @@ def load_weights(
     state = _unwrapped(model, state)
     flavour = _flavour_of(model, state)
     if new_head:
-        own, classifier = model.state_dict(), model.get_classifier()
-        head = {n: v for n, v in own.items() if model.get_submodule(n.rpartition('.')[0]) is classifier}
-        if flavour:
-            layout = released_layout(model, flavour)
-            head = {part: own[name] for name in head for part in layout[name][0]}
-        state |= head
+        classifier = model.get_classifier()
+        fronts = tuple(f'{n}.' for n, module in model.named_modules() if n and module is classifier)
+        head = {n: v for n, v in model.state_dict().items() if n.startswith(fronts)}
+        if flavour: head = {part: v for n, v in head.items() for part in released_layout(model, flavour)[n][0]}
+        theirs = fronts + tuple(f'classifier.{front}' for front in fronts)
+        state = {n: v for n, v in state.items() if not n.startswith(theirs)} | head
     return _put(model, state, flavour, grid)
 
 def _state_of(source, ema):
@@ -221,9 +235,10 @@ def accept_released(
 ):
     "Put released names into ours before a state dict is loaded; nothing is resized."
     inside = {n.removeprefix(prefix): v for n, v in state_dict.items() if n.startswith(prefix)}
+    given, inside = list(inside), _newer(inside)
     flavour = _flavour_of(model, inside)
     if not flavour: return
-    for name in inside: del state_dict[prefix + name]
+    for name in given: del state_dict[prefix + name]
     tables, path = _pop_tables(inside, flavour), None
     if 'pos_embed' in inside and hasattr(model, 'file_path'):
         path = model.file_path(inside['pos_embed'].shape[1] - model.num_prefix_tokens, tables)
