@@ -184,7 +184,8 @@ def scenes(
     seed: int = 0,  # decides everything; split as in `digit_scenes`
 ):  # yields `Scene`s
     "Scenes of several digits, one after the other."
-    if min(size) < 32: raise ValueError(f'size: got {size}; allowed: two numbers of at least 32 pixels')
+    if len(size) != 2 or min(size) < 32:
+        raise ValueError(f'size: got {size}; allowed: two numbers of at least 32 pixels')
     if not 1 <= n_digits[0] <= n_digits[1]:
         raise ValueError(f'n_digits: got {n_digits}; allowed: 1 or more, the smaller number first')
     _check_scenes(min(size), 10, 10, 0.2, digit_size, contrast)

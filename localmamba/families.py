@@ -11,7 +11,7 @@ from pathlib import Path
 import timm
 from torch import nn
 from .models.backbone import made
-from .runs import collect, results_dir
+from .runs import collect, read_json, results_dir
 from .study import VIM, VMAMBA
 
 # %% ../nbs/lib/43c_families.ipynb #6069fb95
@@ -72,6 +72,7 @@ def family(
     "The model of a row of the tables; raises `ValueError` for an unknown row."
     if row not in FAMILIES: raise ValueError(f'row: got {row!r}; allowed: {", ".join(FAMILIES)}')
     if patch_size not in (2, 4): raise ValueError(f'patch_size: got {patch_size}; allowed: 2, 4')
+    if side < 2 * patch_size: raise ValueError(f"parameter 'side': got {side}; allowed: {2 * patch_size} or more")
     if row in OTHERS: return OTHERS[row](classes, side, patch_size)
     model, options = scan_options(row, side, patch_size, directions)
     return made(model, num_classes=classes, **options)
@@ -83,13 +84,22 @@ def kept_weights(
     seed: int,
     patch_size: int = 2,  # pixels
     root=None,  # of the project
+    **asked,  # further parameters that its training must have had, such as side
 ) -> Path:  # beside params.json and metrics.json; see `existing`
-    "Where `families` keeps a model's weights; raises `ValueError` where it has no such record."
-    asked = dict(row=row, seed=seed) | ({} if patch_size == 2 else dict(patch_size=patch_size))
-    found = collect('families', record, root, where=asked)
-    if len(found): return results_dir('families', record, root)/'runs'/found.run.iloc[0]/'weights.pt'
-    raise ValueError(f'families: got {record!r}, which has no record of {row} seed {seed}; allowed: a folder under '
-                     'results/families whose models were trained with keep_weights')
+    "Where `families` keeps a model's weights; raises `ValueError` where it has no such record, or only of others."
+    asked, differs = {'patch_size': patch_size} | asked, []
+    for folder in collect('families', record, root, where=dict(row=row, seed=seed)).get('run', ()):
+        path = results_dir('families', record, root)/'runs'/folder
+        kept = asked | {'patch_size': 2} | read_json(path/'params.json')  # which are left out where they are that
+        differs.append([f'{name}: got {value}, recorded {kept[name]}' for name, value in asked.items()
+                        if kept[name] != value])
+        if not differs[-1]: return path/'weights.pt'
+    if differs:
+        raise ValueError(f"parameter 'families': got {record!r}, whose record of {row} seed {seed} is of another "
+                         f'training ({", ".join(differs[0])}); allowed: the recorded values, or a folder under '
+                         'results/families that has these')
+    raise ValueError(f"parameter 'families': got {record!r}, which has no record of {row} seed {seed}; allowed: a "
+                     'folder under results/families whose models were trained with keep_weights')
 
 def existing(
     path: Path,  # from `kept_weights`

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'DIGITS', 'ALPHA', 'MARGIN', 'VERDICTS', 'VIM', 'VMAMBA', 'CLAIMS', 'recipe_of', 'kept_as', 'check_rows',
-           'small_model', 'model_facts', 'same_training', 'one_by_one', 'runs_frame', 'histories', 'row_table',
-           'present', 'finish', 'pairs', 'difference', 'between_rows', 'holm', 'verdict', 'Claim', 'pairs_needed',
-           'judge', 'said', 'show_verdicts', 'verdicts', 'own_verdicts']
+           'check_patches', 'small_model', 'model_facts', 'same_training', 'one_by_one', 'runs_frame', 'histories',
+           'row_table', 'present', 'finish', 'pairs', 'difference', 'between_rows', 'holm', 'verdict', 'Claim',
+           'pairs_needed', 'judge', 'said', 'show_verdicts', 'verdicts', 'own_verdicts']
 
 # %% ../nbs/lib/43_study.ipynb #fc0556e2
 import logging
@@ -20,6 +20,7 @@ from .figures.tables import show_table
 from .files import identity
 from .memory import DATASETS
 from .models.backbone import made
+from .parameters import repeated
 from .progress import StatusLine, one_place
 from .runs import collect, dataset_name, project_root, read_json, results_dir, summarise
 import localmamba.models.localvim, localmamba.models.localvmamba
@@ -52,9 +53,22 @@ def check_rows(
     given,  # list of names
     allowed,  # names
 ):
-    "ValueError unless `given` is a list of one or more of the allowed names."
+    "ValueError unless `given` is a list of one or more of the allowed names, each once."
     unknown = [row for row in given if row not in allowed] if isinstance(given, (list, tuple)) else [given]
-    if unknown or not given: raise ValueError(f'{name}: got {unknown or given}; allowed: {list(allowed)}')
+    if unknown or not given: raise ValueError(f'parameter {name!r}: got {unknown or given}; allowed: {list(allowed)}')
+    if twice := repeated(given): raise ValueError(f'parameter {name!r}: got {twice} more than once; allowed: each once')
+
+def check_patches(
+    patch_size: int,  # pixels; 0: the model's own
+    size: int,  # side of the images, pixels
+    patches: int = 0,  # of a side of a token of the last map, where these have to fill the image
+):
+    "ValueError unless the images can be cut into such patches."
+    fit = [n for n in range(1, size + 1) if not patches or size % (n * patches) == 0]
+    if patch_size not in (0, *fit):
+        allowed = ', '.join(map(str, fit)) if patches else f'1 to {size}'
+        raise ValueError(f"parameter 'patch_size': got {patch_size}; allowed for images of {size} pixels: "
+                         f'{allowed or "none; other sides have some"}')
 
 # %% ../nbs/lib/43_study.ipynb #8a33fee0
 def small_model(
@@ -71,6 +85,7 @@ def small_model(
     **options,  # further ones of the model: directions, scattn, ...
 ):
     "A model of the plain or the hierarchical family for small images."
+    check_patches(patch_size, size)
     own = dict(patch_size=patch_size, d_state=d_state)
     if 'vmamba' in model: own |= dict(dims=tuple(dims), depths=tuple(depths))
     else:

@@ -5,11 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from matplotlib import pyplot as plt
+
+from localmamba.parameters import comments, declared, refuse_parameters, refuse_values
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,11 +42,19 @@ def execute(name, **parameters):
                 if 'parameters' in cell['metadata'].get('tags', []):
                     assert parameters.keys() <= space.keys()
                     space.update(parameters)
-                    names = [target.id for node in tree.body for target in node.targets]  # and not what was imported
-                    space['check_parameters'] = lambda **allowed: {name: space[name] for name in names}
+                    space['check_parameters'] = partial(checked, ''.join(cell['source']), space)
                 plt.close('all')
     finally: torch.set_num_threads(threads)
     return '\n'.join(map(str, shown)), space
+
+
+def checked(source, space, **allowed):
+    "What `check_parameters` does where there is a history of cells: refuse values, give the parameters."
+    defaults = declared(source)
+    values = {name: space[name] for name in defaults}
+    refuse_parameters(defaults, values)
+    refuse_values(defaults, values, comments(source), **allowed)
+    return values
 
 
 def papermill(folder, name, *args, **options):

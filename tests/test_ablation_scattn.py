@@ -95,7 +95,7 @@ def test_receptive_fields(project, monkeypatch):
 def test_receptive_fields_of_trained_families(project, monkeypatch):
     "Nothing is trained: a model as its seed makes it, and with the weights that families kept."
     told = dict(models=['VMamba'], seeds=[3], patch_size=4, n_train=16, n_valid=16, n_field=4)
-    with pytest.raises(ValueError, match="families: got 'toy', which has no record of VMamba seed 3"):
+    with pytest.raises(ValueError, match="'families': got 'toy', which has no record of VMamba seed 3"):
         execute('receptive_fields', **told, families='toy')
     source = project/'families/toy/runs/VMamba-seed-3'
     source.mkdir(parents=True)
@@ -142,6 +142,6 @@ def test_transfer(project, monkeypatch):
     shared = [k for k in held if k in own]
     assert len(shared) > 40 and all(torch.equal(held[k], own[k]) for k in shared)
     times = [p.stat().st_mtime_ns for p in sorted((project/'transfer/scenes/runs').glob('*/metrics.json'))]
-    with pytest.raises(ValueError, match="families: got 'none', which has no record of VMamba seed 0"):
+    with pytest.raises(ValueError, match="'families': got 'none', which has no record of VMamba seed 0"):
         execute('transfer', **toy, families='none')
     assert times == [p.stat().st_mtime_ns for p in sorted((project/'transfer/scenes/runs').glob('*/metrics.json'))]
