@@ -10,8 +10,8 @@ import inspect
 from numbers import Integral, Number
 
 import torch
-from torch import Tensor, nn
-from torch.backends import mha, mkldnn
+from torch import Tensor, backends, nn
+from torch.backends import mha
 from torch.utils.flop_counter import FlopCounterMode
 
 from .mixer import ScanMixer, SS2D, VimMixer, check_choice
@@ -121,13 +121,14 @@ def count_flops(
     check_choice(convention=(convention, CONVENTIONS))
     args, kwargs = _arguments(model, img_size)
     modes, (calls, norms, handles) = [(m, m.training) for m in model.modules()], _observe(model)
-    fused = mha.get_fastpath_enabled()
+    fused = mha.get_fastpath_enabled(), backends.mkldnn.enabled
     try:
         mha.set_fastpath_enabled(False)  # whole encoders and LSTMs are operators that PyTorch does not count
-        with torch.no_grad(), mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
-            model.eval()(*args, **kwargs)
+        backends.mkldnn.enabled = False
+        with torch.no_grad(), FlopCounterMode(display=False) as counter: model.eval()(*args, **kwargs)
     finally:
-        mha.set_fastpath_enabled(fused)
+        mha.set_fastpath_enabled(fused[0])
+        backends.mkldnn.enabled = fused[1]
         for module, mode in modes: module.training = mode
         for handle in handles: handle.remove()
     counted = counter.get_flop_counts().get('Global', {})  # nothing, if no operator is one that PyTorch counts

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FACTS', 'SCATTN_PLACES', 'MERGES', 'pack', 'unpack', 'Described', 'facts_in', 'without_facts', 'check_directions',
            'layer_directions', 'check_sizes', 'widened', 'check_choice', 'fixed_size', 'check_map', 'check_tokens',
-           'start_weights', 'ScanMixer', 'by_direction', 'VimMixer', 'SS2D']
+           'start_weights', 'start_recurrence', 'ScanMixer', 'by_direction', 'VimMixer', 'SS2D']
 
 # %% ../nbs/lib/11_mixer.ipynb #536bfb7e
 import json
@@ -146,11 +146,10 @@ def widened(
     expand: float,  # d_inner / D
 ) -> int:  # d_inner
     "The channels inside a mixer; `ValueError` unless they are a whole number, one or more."
-    number = isinstance(expand, (int, float)) and not isinstance(expand, bool)
-    inner = round(expand * dim) if number and abs(expand) < float('inf') else 0
-    if inner < 1 or abs(inner - expand * dim) > 1e-6:
+    inner = expand * dim if isinstance(expand, (int, float)) and not isinstance(expand, bool) else 0
+    if not 1 <= inner < math.inf or abs(inner - round(inner)) > 1e-6:
         raise ValueError(f'expand: got {expand!r}; allowed: numbers above 0 that make expand * {dim} whole')
-    return inner
+    return round(inner)
 
 def check_choice(
     **choices,  # by the name of the argument: (what was given, what is allowed)
@@ -211,6 +210,10 @@ def start_weights(
     "Truncated normal with standard deviation 0.02, as released; a fake tensor has no numbers to draw."
     if not isinstance(weight, FakeTensor): nn.init.trunc_normal_(weight, std=0.02)
 
+def start_recurrence(A_log: Tensor, D: Tensor):
+    "As released: decays of -1 to -N in every channel, a skip of 1; both are changed in place."
+    with torch.no_grad(): A_log.copy_(torch.arange(1., A_log.shape[-1] + 1).log()), D.fill_(1)
+
 # %% ../nbs/lib/11_mixer.ipynb #832434f2
 class ScanMixer(Described):
     "What both mixers share: stacked parameters of K directional scans, the gate, and the merge."
@@ -247,12 +250,6 @@ class ScanMixer(Described):
         self.out_proj = nn.Linear(E, dim, bias=False)
         self.attn = SCAttn(E, min(8, E), mode=scattn)
         self.alpha = nn.Parameter(1e-3 * torch.randn(K)) if search else None
-
-    def start_recurrence(self):
-        "As released: decays of -1 to -N in every channel, a skip of 1."
-        with torch.no_grad():
-            self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=self.A_log.dtype, device=self.A_log.device).log())
-            self.D.fill_(1)
 
     @property
     def A(self):
@@ -363,14 +360,11 @@ class VimMixer(ScanMixer):
         self.conv_bias = nn.Parameter(torch.empty(K, E))
         self.reset_parameters()
 
-    def reset_parameters(self,
-        depth: int = 1,  # of the model, blocks
-        conv: bool = True,  # draw the convolution too
-    ):
-        "As released: every linear map trunc_normal(0.02) with zero bias, Δ's included; `out_proj` scaled by `depth`."
+    def reset_parameters(self, depth: int = 1, conv: bool = True):
+        "As released: linear maps trunc_normal(0.02), zero bias, Δ's included; `out_proj` by `depth`; `conv`: that too."
         side = self.conv_weight.shape[-1]**-0.5
         for weight in (self.conv_weight, self.conv_bias) if conv else (): nn.init.uniform_(weight, -side, side)
-        self.start_recurrence()
+        start_recurrence(self.A_log, self.D)
         for weight in (self.in_proj.weight, self.x_proj, self.dt_proj): start_weights(weight)
         nn.init.zeros_(self.dt_bias)
         for linear in (m for m in self.attn.modules() if isinstance(m, nn.Linear)):
@@ -426,7 +420,7 @@ class SS2D(ScanMixer):
 
     def reset_parameters(self, dt_min: float = 1e-3, dt_max: float = 0.1):
         "As released: Δ starts log-uniform in [dt_min, dt_max], the linear layers at trunc_normal(0.02)."
-        self.start_recurrence()
+        start_recurrence(self.A_log, self.D)
         for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
             start_weights(linear.weight)
             if linear.bias is not None: nn.init.zeros_(linear.bias)

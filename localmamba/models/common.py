@@ -191,7 +191,7 @@ def note_arguments(self: VisionModel,
     **arguments,  # what the model was made with, but for image, classifier and drop rates, which timm notes
 ):
     "What timm puts into `model_args`."
-    self._noted = arguments
+    self._noted = arguments | ({} if self.pooled else {'global_pool': ''})
 
 def _model_args(self): # lists for what was given as iterators, say
     return getattr(self, '_given', {}) | getattr(self, '_noted', {})

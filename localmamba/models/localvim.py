@@ -101,9 +101,8 @@ class LocalVim(Described, VisionModel):
         check_rate(drop_path_rate=drop_path_rate, drop_rate=drop_rate)
         check_stack(img_size, rope, embed_dim=embed_dim, depth=depth, in_chans=in_chans, patch_size=patch_size,
                     rope_pretrained_grid=rope_pretrained_grid)
-        self.num_classes, self.in_chans, self.readout = num_classes, in_chans, readout
+        self.in_chans, self.readout, self.num_prefix_tokens = in_chans, readout, int(readout != 'mean')
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.num_prefix_tokens = int(readout != 'mean')
         self.rope, self.rope_pretrained_grid, self.drop_rate = rope, rope_pretrained_grid, drop_rate
         candidates, search = check_directions(candidates), isinstance(directions, str) and directions == 'search'
         self.directions = layer_directions(directions, depth, candidates)
@@ -125,14 +124,11 @@ class LocalVim(Described, VisionModel):
         self.register_load_state_dict_pre_hook(accept_released)
         self.note_arguments(patch_size=patch_size, embed_dim=embed_dim, depth=depth, candidates=candidates, rope=rope,
                             directions='search' if search else self.directions, readout=readout, resize=resize,
-                            abs_pos_embed=abs_pos_embed, rope_pretrained_grid=rope_pretrained_grid, **mixer,
-                            **({} if self.pooled else {'global_pool': ''}))
+                            abs_pos_embed=abs_pos_embed, rope_pretrained_grid=rope_pretrained_grid, **mixer)
 
 # %% ../../nbs/lib/14_localvim.ipynb #000a8d53
 @patch
-def init_weights(self: LocalVim,
-    mode: str = '',  # timm's; ignored
-):
+def init_weights(self: LocalVim, mode: str = ''):
     "As released: patches lecun_normal, position trunc_normal(0.02), class token zero, `out_proj` scaled by the depth."
     self._start(conv=True)
 

@@ -166,8 +166,7 @@ class LocalVMamba(VisionModel):
         self.note_arguments(
             dims=tuple(dims), depths=tuple(depths), d_state=d_state, scattn=scattn, scattn_at=scattn_at,
             padding=padding, directions='search' if search else self.directions, candidates=candidates,
-            merge=merge, patch_size=patch_size, expand=expand, d_conv=d_conv,
-            **({} if self.pooled else {'global_pool': ''}))
+            merge=merge, patch_size=patch_size, expand=expand, d_conv=d_conv)
 
 # %% ../../nbs/lib/15_localvmamba.ipynb #0be7766f
 @patch
