@@ -23,7 +23,8 @@ from .models.backbone import made
 from .models.weights import load_weights
 from .photos import eval_transform, photo_folder, photo_loaders, train_transform
 from .recipes import correct, fit_options, recipe, transform_options
-from .files import folder_name, identity, write_csv
+from .files import folder_name, write_csv
+from .memory import data_identity
 from .processes import processes
 from .progress import StatusLine
 from .runs import Run, dataset_name
@@ -150,7 +151,7 @@ def run_of(
 ) -> Run:
     "The run of settings, finished or not."
     label = f"{s['row'] or s['model']} {'seed ' + str(s['seed']) if s['epochs'] else 'evaluated'}"
-    data = identity(s['data_dir']) if s['data_dir'] and s['dataset'] != 'digits' else None
+    data = data_identity(s['dataset'], s['data_dir'])
     return Run('imagenet', dataset_name('imagenet', record_name(s), data, root), described(s), label, root, data)
 
 def record_name(s):  # what the data of settings are called

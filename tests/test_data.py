@@ -177,6 +177,21 @@ def test_cifar10_is_found_under_data(tmp_path, monkeypatch):
     same(whole, cifar10())
     same(whole, cifar10(tmp_path / 'elsewhere'))
 
+def test_cifar10_found_under_data_has_an_identity(tmp_path, monkeypatch):
+    from localmamba.classify import run_of, settings
+    from localmamba.study import kept_as
+    monkeypatch.chdir(tmp_path)
+    def held(): return kept_as('families', dict(dataset='cifar10', data_dir='', record='')), run_of(
+        settings(dataset='cifar10'), tmp_path).data
+    assert held() == (('cifar10', None), None)
+    found = []
+    for content in (b'one', b'two'):
+        (tmp_path/'data').mkdir(exist_ok=True), (tmp_path/'data/cifar10.tar').write_bytes(content)
+        (_, data), other = held()
+        assert data == other
+        found.append(data['identity'])
+    assert found[0] != found[1]
+
 def test_cifar10_without_a_network(tmp_path, monkeypatch):
     def offline(url): raise URLError('Name or service not known')
     monkeypatch.setattr(memory, 'untar_data', offline)

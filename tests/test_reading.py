@@ -6,6 +6,7 @@ import os
 import struct
 import tarfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from localmamba.files import identity
 from localmamba.images import TURNS, CorruptImage, UnfitImage, image_folder, image_size, open_image
 from localmamba.photos import PhotoTransform, eval_transform, photo_folder, shortened, train_transform
 
+ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
 BLOCKS = RNG.integers(0, 256, (5, 2, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)  # 40 high, 16 wide
 LABELS = RNG.integers(1, 4, (5, 2), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
@@ -390,6 +392,37 @@ def test_the_identity_of_a_folder_with_broken_links(tmp_path):
     for name, target in (('gone', 'nowhere'), ('loop', tmp_path/'loop')): os.symlink(target, tmp_path/name)
     assert identity(tmp_path)['bytes'] == 1
     with pytest.raises(OSError): identity(tmp_path, ['gone'])
+
+def test_the_identity_follows_links_to_folders(tmp_path):
+    for place in ('one', 'two'): (tmp_path/place).mkdir(), (tmp_path/place/'a.png').write_text(place)
+    (tmp_path/'set').mkdir()
+    (tmp_path/'set/again').symlink_to(tmp_path/'set')  # which has no end
+    def linked(to):
+        (tmp_path/'set/val').unlink(missing_ok=True)
+        (tmp_path/'set/val').symlink_to(tmp_path/to)
+        return identity(tmp_path/'set')
+    one, two = linked('one'), linked('two')
+    assert one != two and one['files'] == two['files'] == 1
+
+@pytest.mark.parametrize('name, size, at', [('set.tar', 10**6, 300_000), ('x.bmp', 10**6, 500_000),
+                                            ('x.bmp', 10**6, 10**6 - 1), ('meta/val.txt', 10**5, 70_000)])
+def test_the_identity_sees_a_byte_that_changed(tmp_path, name, size, at):
+    (tmp_path/'set/meta').mkdir(parents=True)
+    if name != 'set.tar':
+        for i in range(300): (tmp_path/f'set/{i}.png').touch()
+    path, content, seen = tmp_path/'set'/name, bytearray(size), []
+    for content[at] in (0, 1):
+        path.write_bytes(content)
+        seen.append(identity(path if name == 'set.tar' else tmp_path/'set'))
+    assert seen[0] != seen[1]
+
+def test_label_maps_below_the_folder_around_ade20k_are_read_whole():
+    line = next(line for cell in json.loads((ROOT/'nbs/ade20k.ipynb').read_text())['cells'] for line in cell['source']
+                if line.startswith('def told('))
+    exec(line, held := {})
+    for name in ('annotations/training/1.png', 'ADEChallengeData2016/annotations/training/1.png', 'x/classes.json'):
+        assert held['told'](name)
+    assert not held['told']('ADEChallengeData2016/images/training/annotations')
 
 def test_a_cache_of_something_else_is_made_anew(tmp_path):
     for split in ('train', 'val'):
