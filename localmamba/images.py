@@ -20,7 +20,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import patch
 from matplotlib import pyplot as plt
 from PIL import Image, UnidentifiedImageError
-from .files import fingerprint, whole_file
+from .files import cut, fingerprint, whole_file
 
 # %% ../nbs/lib/21_images.ipynb #55d048c0
 @dataclass(eq=False)
@@ -37,7 +37,14 @@ class ImageSet:
         shape, dtype = np.shape(self.images), getattr(self.images, 'dtype', type(self.images))
         if dtype != np.uint8 or len(shape) != 4 or not shape[-1]:
             raise ValueError(f'images: got {dtype} of shape {shape}; allowed: uint8 of shape (N, H, W, channels)')
-        self.labels, self.classes = np.asarray(self.labels, np.int64), tuple(self.classes)
+        given, self.classes = np.asarray(self.labels), tuple(self.classes)
+        try:
+            with np.errstate(invalid='ignore'): self.labels = given.astype(np.int64)
+            wrong = given[given != self.labels]
+        except (TypeError, ValueError): wrong = given.ravel()
+        if len(wrong):
+            raise ValueError(f'labels: got {cut(wrong[0].item() if wrong.dtype != object else wrong[0])}; '
+                             'allowed: whole numbers, indices into `classes`')
         if self.labels.shape != shape[:1]:
             raise ValueError(f'labels: got shape {self.labels.shape}; allowed: one label an image, ({shape[0]},)')
         if len(self.labels) and not (0 <= self.labels.min() and self.labels.max() < len(self.classes)):
@@ -72,7 +79,8 @@ def subset(
     rest: bool = False,  # the others instead
 ) -> ImageSet:  # n images, the classes as even as in `images` to within one image; or those that are not among them
     "A random part of a set with the same share of each class."
-    if not 1 <= n <= len(images): raise ValueError(f'n: got {n}; allowed: 1 to {len(images)}, the size of the set')
+    if not isinstance(n, (int, np.integer)) or not 1 <= n <= len(images):
+        raise ValueError(f'n: got {n}; allowed: 1 to {len(images)}, the size of the set')
     rng = np.random.default_rng([seed, n])
     shuffled = rng.permutation(len(images))
     by_class = shuffled[np.argsort(images.labels[shuffled], kind='stable')]
@@ -133,6 +141,19 @@ def orientation(image):  # 1 to 8
     except Exception: return 1
     return value if isinstance(value, int) and value in TURNS else 1
 
+_TELLS = {'exif', 'Raw profile type exif', 'XML:com.adobe.xmp'} # what of a PNG may say how it was held
+
+def _told_behind(file):  # the pixels of a PNG, where few programs write it
+    try:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            size, kind = int.from_bytes(head[:4], 'big'), head[4:]
+            begins = file.read(min(size, 22)) if kind in (b'tEXt', b'zTXt', b'iTXt') else b''
+            if kind == b'eXIf' or begins.split(b'\0')[0].decode('latin-1') in _TELLS: return True
+            file.seek(size - len(begins) + 4, os.SEEK_CUR)
+    finally: file.seek(0)
+    return False
+
 def image_size(
     path,  # of a picture
 ) -> tuple:  # height and width
@@ -141,8 +162,7 @@ def image_size(
     with open(path, 'rb') as f, decoding(path):
         image = Image.open(f, formats=FORMATS)
         (width, height), info = image.size, image.info
-        told = image.format != 'PNG' or {'exif', 'Raw profile type exif',
-                                         'XML:com.adobe.xmp'} & info.keys()  # a PNG would be decoded to look for it
+        told = image.format != 'PNG' or _TELLS & info.keys() or _told_behind(f)  # a PNG would be decoded to look for it
         turned = image.format != 'TIFF' and told and orientation(image) > 4  # Pillow turns TIFFs itself
     return (width, height) if turned else (height, width)
 
@@ -167,7 +187,7 @@ def decoding(
     except Exception as e: raise CorruptImage(path, str(e) or type(e).__name__) from e
 
 def pages(image):
-    "How many pictures a file holds, smaller copies of the first not counted."
+    "How many pictures a file holds, smaller copies and masks of the first not counted."
     n = getattr(image, 'n_frames', 1)
     if n == 1 or image.format in ('MPO', 'PSD', 'ICO', 'ICNS', 'CUR'):
         return 1  # previews, layers, and sizes of one picture
@@ -175,7 +195,7 @@ def pages(image):
     whole = 0
     for page in range(n):
         image.seek(page)
-        whole += not image.tag_v2.get(254, 0) & 1
+        whole += not image.tag_v2.get(254, 0) & 5 # a smaller copy, or the mask of another
     image.seek(0)
     return whole
 
@@ -338,23 +358,39 @@ def list_folder(path):
     return sorted(found)
 
 # %% ../nbs/lib/21_images.ipynb #6a1a8ce4
+def _content_in(archive, member): # None for a link to nothing, or to itself
+    try: file = archive.extractfile(member)
+    except (KeyError, RecursionError): return None
+    return file and file.read()
+
 def list_archive(path):
-    "The images of a tar archive in order, (split, class, name, bytes)."
-    found, left_out, total, most = [], Counter(), 0, max(2 ** 29, 100 * path.stat().st_size)
+    "The images of a tar archive in order, (split, class, name, bytes); of two of one name the later."
+    found, homes, left_out, total, most = {}, {}, Counter(), 0, max(2 ** 29, 100 * path.stat().st_size)
     try:
         with tarfile.open(path, 'r:*') as archive:
             for member in archive:
-                *_, split, cls, name = ('', '', '', *Path(member.name).parts)
-                if split not in SPLITS or cls[:1] in ('', '.') or member.isdir(): continue
-                why = left_out_as(name) or ('' if member.isfile() else 'links or devices')
+                *home, split, cls, name = ('', '', '', *Path(member.name).parts)
+                why, link = left_out_as(name), member.islnk() or member.issym()
+                if split not in SPLITS and not why and not member.isdir() and {*home} & {*SPLITS}:
+                    why = 'in folders of classes'
+                elif split not in SPLITS or cls[:1] in ('', '.') or member.isdir(): continue
+                if not why and not link and not member.isfile(): why = 'pipes or devices'
                 total += 0 if why else member.size
+                content = None if why or total > most else _content_in(archive, member)
+                if link: total += len(content or b'')
                 if total > most: raise tarfile.TarError(f'got pictures of {total:,} bytes and more; allowed: {most:,}')
-                if why: left_out[why] += 1
-                else: found.append((split, cls, name, archive.extractfile(member).read()))
+                if content is None: left_out[why or 'broken links'] += 1
+                else:
+                    found[split, cls, name] = content
+                    homes.setdefault(split, set()).add('/'.join(filter(None, home)) or '.')
     except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as e:
         raise ValueError(f'path: got {path}, which cannot be read as a tar archive ({e}); allowed: {LAYOUT}') from e
+    for split, places in homes.items():
+        if len(places) > 1:
+            raise ValueError(f'path: got {path}, with a {split}/ in {" and in ".join(sorted(places)[:4])}; '
+                             f'allowed: one set; {LAYOUT}')
     say_left_out(path.name, left_out)
-    return sorted(found)
+    return sorted((*key, content) for key, content in found.items())
 
 # %% ../nbs/lib/21_images.ipynb #8d61591e
 def check_layout(path, found):
@@ -368,6 +404,7 @@ def check_layout(path, found):
     if classes['train'] != classes[valid]:
         odd = sorted(classes['train'] ^ classes[valid])
         raise wrong(f'classes that only one of train and {valid} has: {", ".join(odd[:10])}')
+    if len(classes['train']) < 2: raise wrong(f'one class ({classes["train"].pop()}), which can be told from nothing')
     return valid, sorted(classes['train'])
 
 # %% ../nbs/lib/21_images.ipynb #99bfa72b

@@ -104,6 +104,28 @@ def test_what_cannot_be_meant_is_refused_with_its_path(tmp_path, make, error, wo
     with pytest.raises(error) as e: open_image(path)
     assert words in str(e.value) and str(path) in str(e.value)
 
+@pytest.mark.parametrize('way', [1, 6])
+@pytest.mark.parametrize('exif', [True, False])
+def test_the_size_of_a_png_that_is_told_after_its_pixels(tmp_path, way, exif):
+    import zlib
+    def chunk(kind, content): return struct.pack('>I', len(content)) + kind + content + struct.pack(
+        '>I', zlib.crc32(kind + content))
+    tags = Image.Exif()
+    tags[0x0112] = way
+    Image.fromarray(BLOCKS).save(tmp_path/'a.png')
+    content = (tmp_path/'a.png').read_bytes()
+    told = chunk(b'eXIf', tags.tobytes()[6:]) if exif else b''
+    (tmp_path/'a.png').write_bytes(content[:-12] + chunk(b'tEXt', b'date\0today') + told + content[-12:])
+    assert image_size(tmp_path/'a.png') == open_image(tmp_path/'a.png').size[::-1]
+    assert image_size(tmp_path/'a.png') == ((16, 40) if exif and way == 6 else (40, 16))
+
+def test_a_tiff_with_a_mask_of_its_own_is_one_picture(tmp_path):
+    mask = Image.new('1', (16, 40), 1)
+    mask.encoderinfo = {'tiffinfo': {254: 4}}  # as GDAL writes it
+    Image.fromarray(BLOCKS).save(tmp_path/'a.tif', save_all=True, append_images=[mask])
+    assert Image.open(tmp_path/'a.tif').n_frames == 2
+    assert (np.asarray(open_image(tmp_path/'a.tif')) == BLOCKS).all()
+
 def test_every_damage_is_a_corrupt_image(tmp_path):
     rng = np.random.default_rng(1)
     for suffix in ('.jpg', '.png', '.tif', '.webp', '.gif', '.bmp'):
@@ -369,6 +391,29 @@ def test_lists_that_make_no_sense(tmp_path, line):
     (tmp_path/'meta/train.txt').write_bytes('Größe.png 0'.encode('latin-1'))
     with pytest.raises(ValueError, match='train.txt: got invalid .* at byte 2; allowed: UTF-8'):
         photo_folder(tmp_path, 'train')
+
+@pytest.mark.parametrize('train, val, classes', [
+    ('cat/0.png 1, dog/0.png 0', 'dog/1.png 0, cat/1.png 1', ('dog', 'cat')),  # in an order of their own
+    ('n01/0.png 0, n02/0.png 1', '0.png 1, 1.png 0', ('n01', 'n02')),  # as Caffe and mmcls have ImageNet
+    ('n01/0.png 0, n02/0.png 1', '0.png 1', ('n01', 'n02')),
+    ('n01/0.png 0, n02/0.png 1', 'n02/0.png 2', ('0', '1', '2')),  # a class without an image to train on
+    ('a/0.png 0, a/1.png 1', 'a/0.png 0', ('0', '1')), ('a/0.png 0, b/1.png 0, c/2.png 1', '0.png 0', ('0', '1'))])
+def test_lists_name_their_classes_once(tmp_path, train, val, classes):
+    (tmp_path/'meta').mkdir()
+    for name, lines in (('train', train), ('val', val)):
+        (tmp_path/f'meta/{name}.txt').write_text(lines.replace(', ', '\n'))
+    assert photo_folder(tmp_path, 'train').classes == photo_folder(tmp_path, 'valid').classes == classes
+
+def test_a_list_beside_folders_of_classes(tmp_path):
+    for name in ('n01', 'n02', 'n03'): save(BLOCKS, tmp_path/'train'/name/'0.png')
+    (tmp_path/'meta').mkdir(), (tmp_path/'meta/val.txt').write_text('0.png 1\n')
+    assert photo_folder(tmp_path, 'train').classes == photo_folder(tmp_path, 'valid').classes == ('n01', 'n02', 'n03')
+
+def test_lists_that_contradict_each_other(tmp_path):
+    (tmp_path/'meta').mkdir(), (tmp_path/'meta/train.txt').write_text('cat/0.png 1\ndog/0.png 0\n')
+    (tmp_path/'meta/val.txt').write_text('cat/0.png 0\ndog/0.png 1\n')
+    with pytest.raises(ValueError, match='val.txt: got cat/0.png with the class number 0, that of dog in training; '):
+        photo_folder(tmp_path, 'valid')
 
 def test_lists_with_gaps_and_a_mark(tmp_path, capsys):
     (tmp_path/'meta').mkdir()
