@@ -91,7 +91,7 @@ def image_sets(
     "The images that settings speak of."
     if s['dataset'] != 'folder':
         return load_data(s['dataset'], s['data_dir'] or None, s['size'], s['n_train'] or None, s['n_valid'] or None)
-    if not s['data_dir']: raise ValueError("data_dir: got ''; allowed: a folder or an archive, for 'folder'")
+    if not s['data_dir']: raise ValueError("data_dir: got ''; allowed: a folder of photographs, for 'folder'")
     def part(split, n):
         found = photo_folder(s['data_dir'], split)
         return found.take(np.random.default_rng(0).permutation(len(found))[:n]) if n and n < len(found) else found
@@ -198,6 +198,7 @@ def evaluate(
                                     minlength=classes ** 2).view(classes, classes)
         done += len(y)
         line.update(f'{label} {done} images · top-1 {100 * float(right[0]) / done:.2f} %')
+    if not done: raise ValueError('loader: got no image that can be decoded; allowed: one at least')
     line.update(f'{label} {done} images · top-1 {100 * float(right[0]) / done:.2f} %', last=True)
     return {'top1': 100 * float(right[0]) / done, 'top5': 100 * float(right[1]) / done, 'images': done,
             'images_per_second': round(done / (time.perf_counter() - start), 1), 'confusion': confusion}

@@ -79,8 +79,13 @@ def load_data(
     holdout: int = 0,  # so many training images are judged in place of the validation images: to tune on
 ) -> tuple:  # training and validation `ImageSet`
     "A data set by name."
+    for argument, n in (('n_train', n_train), ('n_valid', n_valid), ('holdout', holdout)):
+        if n is not None and (not isinstance(n, (int, np.integer)) or n < 0):
+            raise ValueError(f'{argument}: got {n!r}; allowed: a whole number of images')
     if holdout:
         train, _ = load_data(name, path, size, None, None, seed)
+        if holdout >= len(train):
+            raise ValueError(f'holdout: got {holdout}; allowed: up to {len(train) - 1}, one less than there are')
         held, rest = subset(train, holdout, seed), subset(train, holdout, seed, rest=True)
         return (subset(rest, n_train, seed) if n_train else rest), held
     if name not in DATASETS: raise ValueError(f'name: got {name!r}; allowed: {", ".join(DATASETS)}')

@@ -17,7 +17,7 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment as timm_augment, create_transform
-from .images import VALID_NAMES, open_image, say_left_out, split_folder
+from .images import SKIPPED, VALID_NAMES, open_image, say_left_out, split_folder
 from .stream import MEAN, STD, InOrder, Passes, StreamLoader, drawing, same_classes
 
 # %% ../nbs/lib/25_photos.ipynb #c760ec97
@@ -173,6 +173,11 @@ class PhotoTransform:
         with drawing(*key): return self.transform(image), label
 
 # %% ../nbs/lib/25_photos.ipynb #7895df86
+def _can_be_read(images, i):
+    try: images[i]
+    except SKIPPED: return False
+    return True
+
 def photo_loaders(
     train,  # `PhotoSet` or `ImageSet` to learn from; None: only to be judged
     valid,  # to be judged on; the same classes
@@ -188,6 +193,12 @@ def photo_loaders(
     "Loaders for training and validation."
     if train is None: train = valid
     same_classes(train, valid)
+    for part in (train, valid):
+        channels = part.images.shape[-1] if hasattr(part, 'images') else 3
+        if channels != 3:
+            raise ValueError(f'{part.name}: got {channels} channels; allowed: 3; `loaders` takes any number')
+    if skip_corrupt and not any(_can_be_read(valid, i) for i in range(len(valid))):
+        raise ValueError(f'valid: got no image of {valid.name} that can be decoded; allowed: one at least')
     common = dict(workers=workers, skip_corrupt=skip_corrupt, device=default_device() if device is None else device,
                   seed=seed)
     training, evaluation = (PhotoTransform(transform) for transform in transforms)

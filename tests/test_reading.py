@@ -10,13 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from localmamba.ade20k import LabelledFolder, ade20k, read_labels
+from localmamba.ade20k import LabelledFolder, ade20k, coco_semantic, label_image, read_labels
+from localmamba.classify import evaluate
 from localmamba.coco import CocoFolder, average_precision, coco_instances, read_annotations, truth_as_results
 from localmamba.files import identity
-from localmamba.images import TURNS, CorruptImage, UnfitImage, image_folder, image_size, open_image
-from localmamba.photos import PhotoTransform, eval_transform, photo_folder, shortened, train_transform
+from localmamba.images import TURNS, CorruptImage, ImageSet, UnfitImage, image_folder, image_size, open_image
+from localmamba.photos import (PhotoTransform, eval_transform, photo_folder, photo_loaders, shortened,
+                               train_transform)
+from localmamba.stream import InOrder, StreamLoader
 
 ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
@@ -150,6 +154,34 @@ def test_too_large_is_not_corrupt(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 300)
     with pytest.raises(UnfitImage, match='image too large'): image_folder(root, skip_corrupt=True, cache=False)
 
+@pytest.mark.parametrize('suffix', ['.gif', '.webp', '.png'])
+def test_films_are_left_out_if_asked(tmp_path, capsys, suffix):
+    root, blue = folder(tmp_path), Image.new('RGB', (16, 40), 'blue')
+    film = root/f'train/b/9{suffix}'
+    Image.fromarray(BLOCKS).save(film, save_all=True, append_images=[blue])
+    with pytest.raises(UnfitImage, match='got 2 pictures .*; allowed: one; skip_corrupt=True leaves'):
+        image_folder(root, cache=False)
+    train, _ = image_folder(root, skip_corrupt=True, cache=False)
+    assert len(train) == 4 and train.skipped == (str(film),)
+    def loader(**skip):
+        return StreamLoader(photo_folder(root, 'train'), 2, PhotoTransform(eval_transform(16)), InOrder(), **skip)
+    read = loader(skip_corrupt=True)
+    assert sum(len(y) for _, y in read) == 4 and read.skipped == {str(film)}
+    with pytest.raises(UnfitImage, match='skip_corrupt=True'): list(loader())
+
+def test_no_validation_image_that_can_be_decoded(tmp_path):
+    root, views = folder(tmp_path), (train_transform(16), eval_transform(16))
+    for file in (root/'val').rglob('*.png'): file.write_bytes(b'')
+    with pytest.raises(ValueError, match='valid: got no image of .*, valid that can be decoded; allowed: one at least'):
+        photo_loaders(*(photo_folder(root, split) for split in ('train', 'valid')), 2, views, skip_corrupt=True)
+    with pytest.raises(ValueError, match='loader: got no image'): evaluate(torch.nn.Linear(1, 1), [], 2)
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_photo_loaders_want_three_channels(channels):
+    held = ImageSet(np.zeros((4, 16, 16, channels), np.uint8), [0, 1, 0, 1], 'ab')
+    with pytest.raises(ValueError, match=f'images: got {channels} channels; allowed: 3'):
+        photo_loaders(held, held, 2, (train_transform(16), eval_transform(16)), device='cpu')
+
 def test_readers_see_the_same_and_count_the_rest(tmp_path, capsys):
     root = folder(tmp_path)
     save(BLOCKS, root/'train/a/x.tif', 6)
@@ -211,6 +243,33 @@ def test_labels_are_as_written(tmp_path, classes, maps, options, expected):
 def test_labels_that_cannot_be_meant(tmp_path, classes, maps, options, words):
     with pytest.raises(ValueError) as e: ade20k(segmentation(tmp_path, maps, classes), **options)
     assert words in str(e.value)
+
+@pytest.mark.parametrize('zero, expected', [('class', [1, 2]), ('ignored', [0, 1])])
+def test_a_background_that_no_map_holds_is_asked_for(tmp_path, zero, expected):
+    root = segmentation(tmp_path, [HALVES + 1], ['background', 'road', 'tree'])
+    with pytest.raises(ValueError, match="none holds 0 or 3; allowed: label_zero='class' .*'ignored'"): ade20k(root)
+    with pytest.warns(UserWarning, match='1 of 3 are in none'): held = ade20k(root, label_zero=zero)
+    assert np.unique(held[0][1]).tolist() == expected
+
+def test_greys_of_a_gif_are_numbers(tmp_path):
+    for name, labels in (('a', HALVES * 4 + 3), ('b', HALVES), ('c', HALVES * 255)):
+        save(labels.astype(np.uint8), tmp_path/f'{name}.gif', exif=False)
+        np.testing.assert_array_equal(np.asarray(label_image(tmp_path/f'{name}.gif')), labels)
+    coloured = Image.fromarray(HALVES.astype(np.uint8)).convert('P')
+    coloured.putpalette([0, 0, 0, 255, 0, 0])
+    coloured.save(tmp_path/'d.gif')
+    np.testing.assert_array_equal(np.asarray(label_image(tmp_path/'d.gif')), HALVES)
+
+def test_only_what_can_be_said_is_advised(tmp_path):
+    for part in ('train2017', 'semantic/train2017'): (tmp_path/part).mkdir(parents=True)
+    save(BLOCKS, tmp_path/'train2017/1.png')
+    save((HALVES * 2 + np.arange(40)[:, None] % 2).astype(np.uint8), tmp_path/'semantic/train2017/1.png')
+    (tmp_path/'semantic/classes.json').write_text(json.dumps([{'id': i, 'name': str(i)} for i in (1, 2, 3, 4)]))
+    with pytest.warns(UserWarning, match='1 of 4 are in none') as said: coco_semantic(tmp_path)
+    assert 'label_zero' not in str(said[0].message)
+    cells = [''.join(cell['source']) for cell in json.loads((ROOT/'nbs/ade20k.ipynb').read_text())['cells']]
+    with pytest.raises(ValueError, match="label_zero: got 'class'; allowed: '' for dataset 'coco_mini'"):
+        exec(next(cell for cell in cells if 'def opened(' in cell), dict(label_zero='class', dataset='coco_mini'))
 
 def test_a_class_that_no_map_holds_is_warned_of(tmp_path):
     with pytest.warns(UserWarning, match='1 of 3 are in none of the 1 training label maps: b'):
