@@ -17,9 +17,8 @@ from fastcore.basics import patch
 from PIL import Image
 from .digits import scenes
 from .files import cut, data_dir
-from .images import (SPLIT_NAMES, SUFFIXES, TURNS, CorruptImage, fingerprint, image_size, open_image,
-                               pictures_in,
-                               say_left_out)
+from .images import (SKIPPED, SPLIT_NAMES, SUFFIXES, TURNS, CorruptImage, fingerprint, image_size,
+                               open_image, pictures_in, say_left_out)
 
 # %% ../nbs/lib/27_ade20k.ipynb #160bd898
 IGNORE = 255 # the label of pixels that count nowhere
@@ -65,6 +64,10 @@ LABEL_SUFFIXES = ('.png', '.tif', '.tiff', '.bmp', '.gif', '.pgm') # what keeps 
 def label_image(path):
     "The numbers of a label map as a picture; raises `ValueError` for colours."
     image = open_image(path, None)
+    if image.format == 'GIF' and image.mode == 'P':  # its writers number greys as they come
+        used, where = np.unique(np.asarray(image), return_inverse=True)
+        colours = np.array(image.getpalette(), np.uint8).reshape(-1, 3)[used]
+        if (colours == colours[:, :1]).all(): image = Image.fromarray(colours[where.reshape(image.size[::-1]), 0])
     if image.mode in ('1', 'L', 'P', 'I') or image.mode.startswith('I;16'): return image
     raise ValueError(f'annotation {path}: got colours or fractions (mode {image.mode!r}); '
                      'allowed: one channel of class numbers, 8-bit, 16-bit or with a palette')
@@ -196,8 +199,8 @@ def readable(self: LabelledFolder):
     "The images that can be decoded, and so can their label maps; what is left out is counted and the first path shown."
     def fails(pair):
         try:
-            for file in pair: open_image(file, None)
-        except CorruptImage as e: return str(e)
+            for file, mode in zip(pair, ('RGB', None)): open_image(file, mode)
+        except SKIPPED as e: return str(e)
     failed = {i: why for i, pair in enumerate(self.files) if (why := fails(pair))}
     if failed: print(f"{self.name}: {len(failed)} images left out, the first: {next(iter(failed.values()))}")
     return self.take(i for i in range(len(self)) if i not in failed)
@@ -214,7 +217,7 @@ def numbers_seen(
         print(f'{Path(maps[0]).parent}: looking for {len(wanted)} classes in up to {len(maps)} label maps', flush=True)
     for i in np.random.default_rng(0).permutation(len(maps)):
         try: held = np.unique(np.asarray(label_image(maps[i])))
-        except CorruptImage as e:  # one of many is said when it is read
+        except SKIPPED as e:  # one of many is said when it is read
             corrupt = e
             continue
         for number in held.tolist(): seen.setdefault(int(number), maps[i])
@@ -234,6 +237,9 @@ def chosen_numbers(
     from_zero, from_one = (tuple(range(n)), False), (tuple(range(1, n + 1)), True)
     if label_zero: return from_zero if label_zero == 'class' else from_one
     if n == 2 and seen == {0, 255}: return (0, 255), False
+    if first and not seen & {0, n}:
+        raise ValueError(f"classes: got training label maps of which none holds 0 or {n}; allowed: label_zero='class' "
+                         f"(0 is {classes[0]!r}, 1 is {classes[1]!r}) or label_zero='ignored' (1 is {classes[0]!r})")
     if 0 not in seen or n in seen or max(seen) > n: return from_one
     if seen == set(range(n)) and first: return from_zero
     if seen == set(range(n)) or first:
@@ -252,6 +258,7 @@ def own_numbers(
     label_zero: str = None,  # see `chosen_numbers`
     ignored: tuple = (),  # numbers that count nowhere
     known: bool = False,  # ADE20K itself: two classes in its maps are enough
+    cured: bool = True,  # whether `label_zero` can be said by who sees the message
 ) -> dict:  # `numbers` and `ignored` of `LabelledFolder`
     "The classes' numbers; warns of those that no training map holds, raises `ValueError` if there is but one."
     if label_zero not in (None, 'class', 'ignored'):
@@ -273,7 +280,8 @@ def own_numbers(
     check_classes(classes, numbers, ignored)
     no_strays(_LOOKED[key], seen - {*numbers, *ignored}, numbers if told else n, ignored)
     missing = [c for c, number in zip(classes, numbers) if number not in seen]
-    cure = ("; label_zero='class' says that 0 is the first class" if 0 in ignored and 0 in _LOOKED[key] else '')
+    cure = ("; label_zero='class' says that 0 is the first class"
+            if cured and 0 in ignored and 0 in _LOOKED[key] else '')
     if len(missing) > len(classes) - 2:
         held = [c for c in classes if c not in missing]
         found = f'only {held[0]!r}' if held else 'none'
@@ -379,7 +387,7 @@ def coco_semantic(
     home = next(folder for folder in (path/'semantic/train2017', path/'semantic'/part) if folder.is_dir()
                 or folder.name == part)
     told = own_numbers(list(by_stem(home, LABEL_SUFFIXES, 'semantic').values()), names, None, 'ignored',
-                       ignored) if home.is_dir() else {}
+                       ignored, cured=False) if home.is_dir() else {}
     return LabelledFolder(path/part, path/'semantic'/part, names, None, f'{path.name}, {split}', COCO_SEMANTIC_LAYOUT,
                           **told)
 

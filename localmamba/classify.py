@@ -23,7 +23,8 @@ from .models.backbone import made
 from .models.weights import load_weights
 from .photos import eval_transform, photo_folder, photo_loaders, train_transform
 from .recipes import correct, fit_options, recipe, transform_options
-from .files import folder_name, identity, write_csv
+from .files import folder_name, write_csv
+from .memory import data_identity
 from .processes import processes
 from .progress import StatusLine
 from .runs import Run, dataset_name
@@ -90,7 +91,7 @@ def image_sets(
     "The images that settings speak of."
     if s['dataset'] != 'folder':
         return load_data(s['dataset'], s['data_dir'] or None, s['size'], s['n_train'] or None, s['n_valid'] or None)
-    if not s['data_dir']: raise ValueError("data_dir: got ''; allowed: a folder or an archive, for 'folder'")
+    if not s['data_dir']: raise ValueError("data_dir: got ''; allowed: a folder of photographs, for 'folder'")
     def part(split, n):
         found = photo_folder(s['data_dir'], split)
         return found.take(np.random.default_rng(0).permutation(len(found))[:n]) if n and n < len(found) else found
@@ -150,7 +151,7 @@ def run_of(
 ) -> Run:
     "The run of settings, finished or not."
     label = f"{s['row'] or s['model']} {'seed ' + str(s['seed']) if s['epochs'] else 'evaluated'}"
-    data = identity(s['data_dir']) if s['data_dir'] and s['dataset'] != 'digits' else None
+    data = data_identity(s['dataset'], s['data_dir'])
     return Run('imagenet', dataset_name('imagenet', record_name(s), data, root), described(s), label, root, data)
 
 def record_name(s):  # what the data of settings are called
@@ -197,6 +198,7 @@ def evaluate(
                                     minlength=classes ** 2).view(classes, classes)
         done += len(y)
         line.update(f'{label} {done} images · top-1 {100 * float(right[0]) / done:.2f} %')
+    if not done: raise ValueError('loader: got no image that can be decoded; allowed: one at least')
     line.update(f'{label} {done} images · top-1 {100 * float(right[0]) / done:.2f} %', last=True)
     return {'top1': 100 * float(right[0]) / done, 'top5': 100 * float(right[1]) / done, 'images': done,
             'images_per_second': round(done / (time.perf_counter() - start), 1), 'confusion': confusion}

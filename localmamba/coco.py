@@ -9,12 +9,9 @@ __all__ = ['COCO_LAYOUT', 'A_NUMBER', 'A_SIDE', 'FIELDS', 'OPTIONAL', 'KINDS', '
            'truth_as_results', 'check_results', 'average_precision']
 
 # %% ../nbs/lib/26_coco.ipynb #f96da86f
-import copy
-import json
-import tempfile
+import copy, json, tempfile
 from collections import Counter
 from pathlib import Path
-
 import numpy as np
 import pandas as pd
 from faster_coco_eval.core import mask as rle
@@ -22,10 +19,9 @@ from faster_coco_eval.core.coco import COCO
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 from fastcore.basics import patch
 from PIL import Image
-
 from .digits import scenes
-from .files import cut, data_dir
-from .images import SPLIT_NAMES, CorruptImage, fingerprint, open_image, pictures_in, say_left_out
+from .files import cut, data_dir, fingerprint
+from .images import SKIPPED, SPLIT_NAMES, left_out_as, open_image, pictures_in, say_left_out
 
 # %% ../nbs/lib/26_coco.ipynb #cddda7ef
 COCO_LAYOUT = """the expected layout:
@@ -38,14 +34,14 @@ A .json holds {"images": [{"id", "file_name", "height", "width"}, ...], "categor
 # %% ../nbs/lib/26_coco.ipynb #fc410f5a
 def is_number(value, low=-1e12, high=1e12):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-def is_whole(value, low=-2**53, high=2**53): return is_number(value, low, high) and value == int(value)
+def is_whole(value, low=-2**63, high=2**63 - 1): return is_number(value, low, high) and value == int(value)
 def is_text(value): return isinstance(value, str) and bool(value.strip()) and '\0' not in value
 def is_id(value): return is_whole(value) or is_text(value)
 def is_place(value): return is_text(value) and not Path(value).is_absolute() and '..' not in Path(value).parts
 def is_box(value):
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value)) and min(value[2:]) >= 0
 
-A_NUMBER, A_SIDE = 'a whole number', 'a whole number from 1 to 100000'
+A_NUMBER, A_SIDE = 'a whole number of 64 bits', 'a whole number from 1 to 100000'
 FIELDS = {
     'images': {'id': (is_whole, A_NUMBER), 'file_name': (is_place, 'a path below the folder of images'),
                'height': (lambda v: is_whole(v, 1, 100000), A_SIDE),
@@ -197,12 +193,14 @@ class CocoFolder:
         self.classes, self.category_ids = (tuple(c[key] for c in self.categories) for key in ('name', 'id'))
         self.label = {c: i + 1 for i, c in enumerate(self.category_ids)}
         entries = sorted(held['images'], key=lambda e: e['id'])
-        there, left_out = set(), Counter()
+        there, left_out, named = set(), Counter(), {Path(e['file_name']).as_posix() for e in entries}
         for place in {Path(e['file_name']).parent for e in entries}:
             if (self.folder/place).is_dir():
                 there |= {(place/f.name).as_posix() for f in pictures_in(self.folder/place, left_out)}
+        meant = {file for file in named - there if (self.folder/file).is_file()}  # hidden, or of another suffix
+        there, left_out = there | meant, left_out - Counter(left_out_as(Path(file).name) for file in meant)
         for e in entries: e['file_name'] = Path(e['file_name']).as_posix()
-        if unlisted := len(there - {e['file_name'] for e in entries}): left_out['that no entry names'] = unlisted
+        if unlisted := len(there - named): left_out['that no entry names'] = unlisted
         say_left_out(name, left_out)
         missing = [e['file_name'] for e in entries if e['file_name'] not in there]
         if missing and (not skip_missing or len(missing) == len(entries)):
@@ -277,7 +275,7 @@ def readable(self: CocoFolder):
     failed = {}
     for i, (entry, _) in enumerate(self.entries):
         try: open_image(self.folder/entry['file_name'])
-        except CorruptImage as e: failed[i] = str(e)
+        except SKIPPED as e: failed[i] = str(e)
     if failed: print(f'{self.name}: {len(failed)} images left out, the first: {next(iter(failed.values()))}')
     return self.take(i for i in range(len(self)) if i not in failed)
 
@@ -405,11 +403,12 @@ def average_precision(
     check_results(dataset, results, kinds)
     if not dataset.masks and 'mask' in kinds:
         raise ValueError(f"kinds: got {kinds}; allowed: ('box',), since {dataset.name} was read without masks")
-    results = [{**r, 'category_id': dataset.label[r['category_id']]} for r
+    number = {image: i for i, image in enumerate(sorted({entry['id'] for entry, _ in dataset.entries}), 1)}
+    results = [{**r, 'category_id': dataset.label[r['category_id']], 'image_id': number[r['image_id']]} for r
                in results]  # the evaluator gets numbers from 1, whatever the ids are
     categories = [{**c, 'id': dataset.label[c['id']]} for c in dataset.categories]
-    truth = {'info': {}, 'images': [entry for entry, _ in dataset.entries], 'categories': categories,
-             'annotations': _ground_truth(dataset)}
+    truth = {'info': {}, 'images': [{**entry, 'id': number[entry['id']]} for entry, _ in dataset.entries],
+             'categories': categories, 'annotations': _ground_truth(dataset, number)}
     scores, curves = {}, []
     for kind in kinds:
         part = [{k: v for k, v in r.items() if kind == 'box' or k != 'bbox'} for r in results]
@@ -423,15 +422,16 @@ def average_precision(
     return scores, pd.DataFrame(curves, columns=['kind', 'iou', 'recall', 'precision'])
 
 # %% ../nbs/lib/26_coco.ipynb #bb21ba95
-def _ground_truth(dataset):
+def _ground_truth(dataset, number):
     "Annotations with everything the evaluator asks for."
-    def whole(a, entry):
+    def whole(i, a, entry):
         runs = mask_of(a, (entry['height'], entry['width'])) if dataset.masks else None
         area = a.get('area') or (rle.area(runs) if runs else a['bbox'][2] * a['bbox'][3])
         mask = {'segmentation': runs} if runs else {}
-        return {**a, 'category_id': dataset.label[a['category_id']], 'iscrowd': a.get('iscrowd', 0),
-                'area': float(area)} | mask
-    return [whole(a, entry) for entry, instances in dataset.entries for a in instances]
+        return {**a, 'id': i, 'image_id': number[entry['id']], 'category_id': dataset.label[a['category_id']],
+                'iscrowd': a.get('iscrowd', 0), 'area': float(area)} | mask
+    every = [(a, entry) for entry, instances in dataset.entries for a in instances]
+    return [whole(i, *one) for i, one in enumerate(every, 1)]
 
 def _curves(judge, kind):
     "Precision at 101 recalls, mean over the classes that are there."

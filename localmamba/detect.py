@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUGMENTS', 'PARTS', 'with_masks', 'resized', 'cropped', 'mirrored', 'as_target', 'TrainTransform', 'EvalTransform',
-           'steps', 'head_options', 'DetectionLoader', 'loaders', 'restored', 'predict', 'evaluate', 'total_loss',
-           'DetectionRecord', 'fit_options', 'Counted', 'Detector', 'detector', 'load_detector']
+           'steps', 'head_options', 'DetectionLoader', 'check_judge', 'loaders', 'restored', 'predict', 'evaluate',
+           'total_loss', 'DetectionRecord', 'fit_options', 'Counted', 'Detector', 'detector', 'load_detector']
 
 # %% ../nbs/lib/36_detect.ipynb #b0cc4919
 import math
@@ -122,6 +122,13 @@ class DetectionLoader(SampleLoader):
         images, targets = map(list, zip(*samples))
         return images, targets, targets
 
+def check_judge(
+    valid: CocoFolder,  # to be judged on
+):
+    "Raise `ValueError` for a set without an instance, on which average precision is nothing."
+    if not len(valid.with_instances()):
+        raise ValueError(f'valid: got no instance in {valid.name}, so nothing to judge by; allowed: one at least')
+
 def loaders(
     train: CocoFolder,  # to learn from; images without instances are left out
     valid: CocoFolder,  # to be judged on, same classes
@@ -140,6 +147,7 @@ def loaders(
     if train.masks != valid.masks:
         raise ValueError(f'valid: got masks={valid.masks}; allowed: masks={train.masks}, as train was opened')
     train = train.with_instances()
+    check_judge(valid)
     if not len(train): raise ValueError(f'train: got no image with an instance in {train.name}; allowed: one at least')
     device = default_device() if device is None else device
     transform = TrainTransform(settings['augment'], settings['limits'], settings['mirror'], stats)

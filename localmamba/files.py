@@ -190,22 +190,28 @@ def fingerprint(
 def files_below(
     folder,  # where to look
 ) -> list:  # paths relative to it, with '/', sorted
-    "The regular files in a folder and in its folders; hidden ones are left out."
-    found, base = [], str(folder)
-    for place, folders, names in os.walk(base):
-        folders[:] = sorted(f for f in folders if not f.startswith('.'))
+    "The regular files in a folder and in its folders, linked ones too; hidden ones are left out."
+    found, base, seen = [], str(folder), set()
+    for place, folders, names in os.walk(base, followlinks=True):
+        here = os.path.realpath(place)
+        folders[:] = sorted(f for f in folders if not f.startswith('.')) if here not in seen else []
+        if here in seen: continue  # a link back
+        seen.add(here)
         below = os.path.relpath(place, base).replace(os.sep, '/')
         found += [name if below == '.' else f'{below}/{name}' for name in names if not name.startswith('.')]
     return sorted(found)
 
+def _says_what(name): return name.endswith('.json') or re.search(r'(^|/)meta/[^/]*\.txt$', name)  # of the other files
+
 def identity(
     folder,  # of a data set, or a file that holds one
     files=None,  # those that count, relative to it; None: `files_below`
-    annotations=lambda name: name.endswith('.json'),  # which of them are read whole
-    sample: int = 256,  # so many of the rest are read too, up to 64 kB of each
+    annotations=_says_what,  # which of them are read whole
+    sample: int = 256,  # so many of the rest are read too, up to 192 kB of each
 ) -> dict:  # 'identity': 16 hex digits; 'files', 'bytes': how many there are
     "What lies in a folder, in a few characters; raises `FileNotFoundError` when a file is missing."
-    if Path(folder).is_file(): folder, files = Path(folder).parent, [Path(folder).name]
+    if Path(folder).is_file():
+        folder, files, annotations = Path(folder).parent, [Path(folder).name], lambda name: True
     names = sorted(files_below(folder) if files is None else map(str, files))
     if files is None and not names:
         raise FileNotFoundError(f'data: got {folder}, where no files are; allowed: a folder of data')
@@ -220,15 +226,16 @@ def identity(
         if not stat.S_ISREG(about.st_mode): continue  # reading from a pipe would never end
         total += about.st_size
         digest.update(f'{name}\0{about.st_size}\0'.encode('utf-8', 'surrogateescape'))
-        if name in begun: digest.update(_content(path, 2 ** 16))
+        if name in begun: digest.update(_content(path, about.st_size))
         elif annotations(name): digest.update(_content(path))
     return {'identity': digest.hexdigest()[:16], 'files': len(names), 'bytes': total}
 
-def _content(path, most=None):  # a hash of a file, or of its beginning
+def _content(path, size=0, part=2 ** 16):  # a hash of a file; of one of a `size`, of its beginning, middle and end
     digest = hashlib.sha256()
     with open(path, 'rb') as f:
-        while part := f.read(2 ** 20 if most is None else most):
-            digest.update(part)
-            if most is not None: break
+        for start in (0, (size - part) // 2, size - part) if size > 3 * part else ():
+            f.seek(start)
+            digest.update(f.read(part))
+        while size <= 3 * part and (held := f.read(2 ** 20)): digest.update(held)
     return digest.digest()
 

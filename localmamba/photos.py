@@ -7,7 +7,7 @@ __all__ = ['PHOTO_LAYOUT', 'PhotoSet', 'photo_folder', 'train_transform', 'check
            'PhotoTransform', 'photo_loaders']
 
 # %% ../nbs/lib/25_photos.ipynb #ccdc6eb5
-import re
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment as timm_augment, create_transform
-from .images import VALID_NAMES, open_image, say_left_out, split_folder
+from .images import SKIPPED, VALID_NAMES, open_image, say_left_out, split_folder
 from .stream import MEAN, STD, InOrder, Passes, StreamLoader, drawing, same_classes
 
 # %% ../nbs/lib/25_photos.ipynb #c760ec97
@@ -54,25 +54,47 @@ def _folders(path, split):
     say_left_out(f'{path.name}, {folder}', left_out)
     return [(f.path, i) for i, files in enumerate(found.values()) for f in files], list(found)
 
-def _lists(path, split):
-    "A split of the lists in meta/: files, labels, classes."
-    name = 'train' if split == 'train' else 'val'
-    file, files = path/'meta'/f'{name}.txt', []
+def _read_list(path, name):
+    "The lines of a list in meta/: [(file below `name`/, class number)]."
+    file, found = path/'meta'/f'{name}.txt', []
     try: lines = file.read_text(encoding='utf-8-sig').splitlines()
     except UnicodeDecodeError as e: raise ValueError(f'{file}: got {e.reason} at byte {e.start}; allowed: UTF-8') from e
     for n, line in enumerate(lines, 1):
-        *words, label = line.rsplit(None, 1) if line.strip() else ('', '')
         if not line.strip(): continue
-        place = Path(words[0] if words else '/')
-        if place.is_absolute() or '..' in place.parts or not re.fullmatch('[0-9]{1,6}', label) or '\0' in line:
+        *words, label = line.rsplit(None, 1)
+        place = words[0] if words else '/'
+        if os.path.isabs(place) or '..' in place and '..' in Path(place).parts or len(label) > 6 or not (
+                label.isascii() and label.isdigit()) or '\0' in line:
             raise ValueError(f'{file}, line {n}: got {line[:80]!r}; allowed: "<file> <class number>", '
                              f'the file below {name}/, the number from 0 to 999999')
-        files.append((path/name/words[0], int(label)))
-    if not files: raise ValueError(f'{file}: got the name of no image; allowed: {PHOTO_LAYOUT}')
-    folders = sorted({f.parent.name for f, _ in files})
-    n, there = max(label for _, label in files) + 1, {label for _, label in files}
-    if len(there) < n: print(f'{file}: {n - len(there)} of the {n} class numbers from 0 have no image')
-    return files, folders if len(folders) == n else [str(i) for i in range(n)]
+        found.append((place, int(label)))
+    if not found: raise ValueError(f'{file}: got the name of no image; allowed: {PHOTO_LAYOUT}')
+    return found
+
+def _named(found, n):
+    "The folder of each of n class numbers; {} unless each has one of its own."
+    pairs = {(label, os.path.basename(os.path.dirname(place))) for place, label in found}
+    return dict(pairs) if n == len(pairs) == len({name for _, name in pairs}) == len(dict(pairs)) else {}
+
+def _lists(path, split):
+    "A split of the lists in meta/: files, labels, classes, as many and of the names as in training."
+    name = 'train' if split == 'train' else 'val'
+    listed = {k: _read_list(path, k) for k in ('train', 'val') if k == name or (path/'meta'/f'{k}.txt').is_file()}
+    there = {k: {label for _, label in found} for k, found in listed.items()}
+    n, file = max(set().union(*there.values())) + 1, path/'meta'/f'{name}.txt'
+    if len(there[name]) < n: print(f'{file}: {n - len(there[name])} of the {n} class numbers from 0 have no image')
+    if 'train' in listed: names = _named(listed['train'], n)
+    elif not (names := _named(listed[name], n)):  # the training images have a folder a class
+        folders = list(split_folder(path, 'train', Counter())[1])
+        if len(folders) >= n: names, n = dict(enumerate(folders)), len(folders)
+    known, files = set(names.values()), []
+    for place, label in listed[name]:
+        folder = os.path.basename(os.path.dirname(place))
+        if folder in known and folder != names[label]:
+            raise ValueError(f'{file}: got {place} with the class number {label}, that of {names[label]} in training; '
+                             f'allowed: that of {folder}')
+        files.append((os.path.join(path, name, place), label))
+    return files, [names.get(i, str(i)) for i in range(n)]
 
 # %% ../nbs/lib/25_photos.ipynb #5c9315a7
 def photo_folder(
@@ -85,6 +107,9 @@ def photo_folder(
     if not path.is_dir(): raise FileNotFoundError(f'path: got {path}, which is not a folder; allowed: {PHOTO_LAYOUT}')
     listed = (path/'meta'/('train.txt' if split == 'train' else 'val.txt')).is_file()
     files, classes = (_lists if listed else _folders)(path, split)
+    if len(classes) < 2:
+        raise ValueError(f'path: got {path}, with one class ({classes[0]}), which can be told from nothing; '
+                         f'allowed: {PHOTO_LAYOUT}')
     return PhotoSet([str(f) for f, _ in files], np.array([label for _, label in files]), tuple(classes),
                     f'{path.name}, {split}')
 
@@ -148,6 +173,11 @@ class PhotoTransform:
         with drawing(*key): return self.transform(image), label
 
 # %% ../nbs/lib/25_photos.ipynb #7895df86
+def _can_be_read(images, i):
+    try: images[i]
+    except SKIPPED: return False
+    return True
+
 def photo_loaders(
     train,  # `PhotoSet` or `ImageSet` to learn from; None: only to be judged
     valid,  # to be judged on; the same classes
@@ -163,6 +193,12 @@ def photo_loaders(
     "Loaders for training and validation."
     if train is None: train = valid
     same_classes(train, valid)
+    for part in (train, valid):
+        channels = part.images.shape[-1] if hasattr(part, 'images') else 3
+        if channels != 3:
+            raise ValueError(f'{part.name}: got {channels} channels; allowed: 3; `loaders` takes any number')
+    if skip_corrupt and not any(_can_be_read(valid, i) for i in range(len(valid))):
+        raise ValueError(f'valid: got no image of {valid.name} that can be decoded; allowed: one at least')
     common = dict(workers=workers, skip_corrupt=skip_corrupt, device=default_device() if device is None else device,
                   seed=seed)
     training, evaluation = (PhotoTransform(transform) for transform in transforms)

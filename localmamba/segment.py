@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'MultiLevelNeck', 'UperNet', 'init_head', 'segmenter', 'load_segmenter', 'resized', 'SegmentationLoss',
-           'crop_box', 'photometric', 'TrainTransform', 'EvalTransform', 'SegmentationLoader', 'loaders', 'confusion',
-           'scores', 'slide', 'predict', 'evaluate', 'SegmentationRecord', 'fit_options']
+           'crop_box', 'photometric', 'TrainTransform', 'EvalTransform', 'SegmentationLoader', 'check_judge', 'loaders',
+           'confusion', 'scores', 'slide', 'predict', 'evaluate', 'SegmentationRecord', 'fit_options']
 
 # %% ../nbs/lib/37_segment.ipynb #7d08410f
 import math
@@ -242,6 +242,14 @@ class SegmentationLoader(SampleLoader):
     c = property(lambda self: len(self.dataset.classes))
 
 # %% ../nbs/lib/37_segment.ipynb #0ff5dc72
+def check_judge(
+    valid: LabelledFolder,  # to be judged on; read up to the first pixel with a class
+):
+    "Raise `ValueError` for a set without a pixel that counts, on which IoU is nothing."
+    if all((valid[i][1] == IGNORE).all() for i in range(len(valid))):
+        raise ValueError(f'valid: got no pixel with a class in {valid.name}, so nothing to judge by; '
+                         'allowed: one at least')
+
 def loaders(
     train: LabelledFolder,  # to learn from
     valid: LabelledFolder,  # to be judged on, same classes
@@ -258,6 +266,7 @@ def loaders(
 ) -> DataLoaders:  # fastai's, with two `SegmentationLoader`s; an epoch is `every` steps
     "Loaders for training and validation by a recipe."
     same_classes(train, valid)
+    check_judge(valid)
     device = default_device() if device is None else device
     asked = ('crop', 'limits', 'ratio', 'cat_max_ratio', 'mirror', 'photometric')
     transform = TrainTransform(**{k: settings[k] for k in asked}, stats=stats)

@@ -20,7 +20,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from .images import SKIP, CorruptImage
+from .images import SKIPPED, with_cure
 
 # %% ../nbs/lib/24_stream.ipynb #d82864e4
 MEAN, STD = ((255 * np.array(values)).astype(np.float32) for values
@@ -126,8 +126,8 @@ class Samples(torch.utils.data.Dataset):
         epoch, position, i = key
         for step in range(len(self.dataset)):
             try: held = self.dataset[(i + step) % len(self.dataset)]
-            except CorruptImage as e:
-                if not self.skip_corrupt: raise CorruptImage(e.path, e.why, SKIP) from e
+            except SKIPPED as e:
+                if not self.skip_corrupt: raise with_cure(e) from e
                 if not self.draw.training: return None, image_names(self.dataset, [i])[0]
                 continue
             lost = image_names(self.dataset, [i])[0] if step else ''

@@ -17,8 +17,7 @@ import timm
 from scipy.stats import t, ttest_1samp
 from .cost import CONVENTIONS, count_flops, count_parameters
 from .figures.tables import show_table
-from .files import identity
-from .memory import DATASETS
+from .memory import DATASETS, data_identity
 from .models.backbone import made
 from .parameters import repeated
 from .progress import StatusLine, one_place
@@ -45,7 +44,7 @@ def kept_as(
         raise ValueError(f"parameter 'dataset': got {dataset!r}; allowed: {', '.join(DATASETS)}")
     if dataset == 'folder' and not path:
         raise ValueError("parameter 'data_dir': got ''; allowed: a folder or an archive, for dataset 'folder'")
-    data = identity(path) if path and dataset != 'digits' else None
+    data = data_identity(dataset, path)
     return params['record'] or dataset_name(experiment, dataset, data), data
 
 def check_rows(

@@ -181,6 +181,7 @@ def after_epoch(self: Record):
     if not self.active: return
     sums = self.train_sum, self.train_n, self.valid_sum, self.valid_n
     train_sum, train_n, valid_sum, self.valid_n = summed(*sums, device=self.learn.loss.device)
+    if not self.valid_n: raise ValueError('valid: got no sample to judge by; allowed: one at least')
     row = {'epoch': self.epoch, 'lr': self.opt.opt.param_groups[-1]['lr'],
            'train_loss': train_sum / train_n, 'valid_loss': valid_sum / self.valid_n, **self.scores()}
     self.seconds = time.perf_counter() - self.began

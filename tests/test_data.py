@@ -140,6 +140,41 @@ def test_truncated_archive(tmp_path):
     packed.write_bytes(packed.read_bytes()[:2000])
     with pytest.raises(ValueError, match='set.tar.xz, which cannot be read'): image_folder(packed)
 
+def packed(path, *trees):
+    with tarfile.open(path, 'w') as tar:
+        for name, folder in trees: tar.add(folder, name)
+    return path
+
+def test_an_archive_is_read_as_its_folder_is(tmp_path, capsys):
+    root = tree(tmp_path/'set')
+    (root/'train/b/3.png').hardlink_to(root/'train/a/0.png')
+    (root/'train/b/4.png').symlink_to('1.png')
+    (root/'train/a/deep').mkdir(), (root/'train/a/0.png').rename(root/'train/a/deep/0.png')
+    same(image_folder(root, cache=False), image_folder(packed(tmp_path/'set.tar', ('./', root)), cache=False))
+    assert 'set.tar: 1 files left out: 1 in folders of classes' in capsys.readouterr().out
+    with tarfile.open(tmp_path/'set.tar', 'a') as tar:
+        tar.add(root/'test/a/1.png', './train/a/1.png')  # a later member replaces an earlier one
+        for name, target in (('x', 'y'), ('y', 'x'), ('z', 'nowhere')):
+            link = tarfile.TarInfo(f'./train/a/{name}.png')
+            link.type, link.linkname = tarfile.SYMTYPE, f'{target}.png'
+            tar.addfile(link)
+    train, valid = image_folder(tmp_path/'set.tar', cache=False)
+    assert len(train) == 7 and (train.images[0] == valid.images[1]).all()
+    assert '3 broken links' in capsys.readouterr().out
+
+def test_two_sets_in_one_archive_are_not_merged(tmp_path):
+    root = tree(tmp_path/'set')
+    with pytest.raises(ValueError, match='with a t[a-z]*/ in old and in x/new; allowed: one set'):
+        image_folder(packed(tmp_path/'two.tar', ('old', root), ('x/new', root)))
+    parts = packed(tmp_path/'parts.tar', ('one/train', root/'train'), ('two/test', root/'test'))
+    same(image_folder(root, cache=False), image_folder(parts, cache=False))
+
+def test_one_class_can_be_told_from_nothing(tmp_path):
+    from localmamba.photos import photo_folder
+    root = tree(tmp_path/'set', ('images',))
+    for call in (lambda: image_folder(root), lambda: photo_folder(root, 'train'), lambda: photo_folder(root, 'valid')):
+        with pytest.raises(ValueError, match='with one class \(images\), .*; allowed: the expected layout'): call()
+
 def test_grey_palette_and_alpha_images(tmp_path):
     root = tree(tmp_path / 'set')
     for i, mode in enumerate(('L', 'P', 'RGBA')): Image.new(mode, (50, 40)).save(root / f'train/a/{i}.png')
@@ -176,6 +211,21 @@ def test_cifar10_is_found_under_data(tmp_path, monkeypatch):
     root.rename(tmp_path / 'elsewhere')
     same(whole, cifar10())
     same(whole, cifar10(tmp_path / 'elsewhere'))
+
+def test_cifar10_found_under_data_has_an_identity(tmp_path, monkeypatch):
+    from localmamba.classify import run_of, settings
+    from localmamba.study import kept_as
+    monkeypatch.chdir(tmp_path)
+    def held(): return kept_as('families', dict(dataset='cifar10', data_dir='', record='')), run_of(
+        settings(dataset='cifar10'), tmp_path).data
+    assert held() == (('cifar10', None), None)
+    found = []
+    for content in (b'one', b'two'):
+        (tmp_path/'data').mkdir(exist_ok=True), (tmp_path/'data/cifar10.tar').write_bytes(content)
+        (_, data), other = held()
+        assert data == other
+        found.append(data['identity'])
+    assert found[0] != found[1]
 
 def test_cifar10_without_a_network(tmp_path, monkeypatch):
     def offline(url): raise URLError('Name or service not known')
@@ -264,11 +314,17 @@ def test_subset_is_even_and_repeatable(scenes):
     (lambda s: subset(s[0], 0), 'n: got 0'),
     (lambda s: load_data('imagenet'), 'digits, cifar10, folder'),
     (lambda s: load_data('folder'), 'path: got None'),
+    (lambda s: load_data('digits', n_train=2.5), 'n_train: got 2.5; allowed: a whole number'),
+    (lambda s: load_data('digits', n_valid='9'), "n_valid: got '9'"),
+    (lambda s: load_data('digits', holdout=6000), 'holdout: got 6000; allowed: up to 5999'),
     (lambda s: load_data('cifar10', size=64), 'size: got 64'),
     (lambda s: digit_scenes(size=1000), 'size: got 1000'),
     (lambda s: digit_scenes(valid_fraction=0.9), 'valid_fraction: got 0.9'),
     (lambda s: image_folder('nowhere', size=0), 'size: got 0'),
     (lambda s: ImageSet(s[0].images, s[0].labels[:5], s[0].classes), 'labels: got shape'),
+    (lambda s: ImageSet(s[0].images[:2], [0.7, 1.2], 'ab'), 'labels: got 0.7; allowed: whole numbers'),
+    (lambda s: ImageSet(s[0].images[:2], ['a', 'b'], 'ab'), "labels: got 'a'; allowed: whole numbers"),
+    (lambda s: subset(s[0], 2.5), 'n: got 2.5'),
 ])
 def test_wrong_arguments_are_named(scenes, call, words):
     with pytest.raises(ValueError, match=words.replace('(', r'\(')): call(scenes)

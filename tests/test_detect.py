@@ -362,6 +362,43 @@ def test_missing_and_damaged_files(changed, root, tmp_path):
 def test_annotations_that_make_no_sense(changed, change, words):
     with pytest.raises(ValueError, match=words): changed(lambda held: change(held['annotations'][0]))
 
+@pytest.mark.parametrize('shift', [20220101120000000, 2 ** 62])
+def test_ids_beyond_what_a_float_can_hold(changed, shift):
+    def results(held): return [r | {'score': .1 + .1 * (i % 7)} for i, r in enumerate(truth_as_results(held)) if i % 3]
+    def further(held):
+        for entry in held['images']: entry['id'] += shift
+        for a in held['annotations']: a['image_id'], a['id'] = a['image_id'] + shift, a['id'] + shift
+    plain, far = changed(lambda held: None), changed(further)
+    scored = average_precision(plain, results(plain))[0]
+    assert scored == average_precision(far, results(far))[0] and 0 < scored['AP_box'] < 100
+    with pytest.raises(ValueError, match='id: got .*; allowed: a whole number of 64 bits'):
+        changed(lambda held: held['images'][0].update(id=2 ** 64))
+
+def test_files_that_an_entry_names_are_read_whatever_they_are_called(root, tmp_path, capsys):
+    home = shutil.copytree(root, tmp_path/'set')
+    held = json.loads((home/'annotations/instances_val2017.json').read_text())
+    for entry, name in zip(held['images'], ('.hidden.jpg', 'plain', 'a.bin')):
+        (home/'val2017'/entry['file_name']).rename(home/'val2017'/name)
+        entry['file_name'] = name
+    (home/'val2017/notes.txt').touch()
+    (home/'annotations/instances_val2017.json').write_text(json.dumps(held))
+    named, plain = coco_instances(home, 'validation'), coco_instances(root, 'validation')
+    for i in range(6): np.testing.assert_array_equal(named[i][0], plain[i][0])
+    assert '1 files left out: 1 of another kind (.txt)' in capsys.readouterr().out
+
+def test_nothing_to_judge_by_is_said_before_training(root, changed):
+    train, settings = coco_instances(root), recipe('scenes', DETECTION)
+    def crowds(held):
+        for a in held['annotations']: a['iscrowd'] = 1
+    for change in (crowds, lambda held: held['annotations'].clear()):
+        with pytest.raises(ValueError, match='valid: got no instance in changed, so nothing to judge by'):
+            loaders(train, changed(change), settings)
+
+def test_an_instance_on_a_line_is_drawn():
+    mask = np.arange(40)[None, :, None] < 9
+    things = dict(boxes=np.array([[0, 0, 1, 9]]), labels=[1], masks=mask)
+    plot_instances([np.zeros((40, 1, 3), np.uint8)], {'truth': [things]}, ['a'])
+
 def test_small_and_large_masks_are_told_by_their_own_area(root):
     "A thin diagonal has a large box and a small mask"
     class One:

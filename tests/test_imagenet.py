@@ -388,7 +388,8 @@ def test_wrong_folders(tmp_path, photographs):
         photo_folder(photographs/'nothing', 'train')
     (tmp_path/'train').mkdir()
     with pytest.raises(ValueError, match='no images under'): photo_folder(tmp_path, 'train')
-    with pytest.raises(ValueError, match="data_dir: got ''"): image_sets(settings(dataset='folder'))
+    with pytest.raises(ValueError, match="data_dir: got ''; allowed: a folder of photographs"):
+        image_sets(settings(dataset='folder'))
     with pytest.raises(ValueError, match='augment=.crop., for images in memory'):
         image_loaders(s := settings(dataset='folder', data_dir=str(photographs), recipe_options={'augment': 'crop'}),
                       *image_sets(s), 'cpu')

@@ -6,17 +6,23 @@ import os
 import struct
 import tarfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from localmamba.ade20k import LabelledFolder, ade20k, read_labels
+from localmamba.ade20k import LabelledFolder, ade20k, coco_semantic, label_image, read_labels
+from localmamba.classify import evaluate
 from localmamba.coco import CocoFolder, average_precision, coco_instances, read_annotations, truth_as_results
 from localmamba.files import identity
-from localmamba.images import TURNS, CorruptImage, UnfitImage, image_folder, image_size, open_image
-from localmamba.photos import PhotoTransform, eval_transform, photo_folder, shortened, train_transform
+from localmamba.images import TURNS, CorruptImage, ImageSet, UnfitImage, image_folder, image_size, open_image
+from localmamba.photos import (PhotoTransform, eval_transform, photo_folder, photo_loaders, shortened,
+                               train_transform)
+from localmamba.stream import InOrder, StreamLoader
 
+ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
 BLOCKS = RNG.integers(0, 256, (5, 2, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)  # 40 high, 16 wide
 LABELS = RNG.integers(1, 4, (5, 2), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
@@ -102,6 +108,28 @@ def test_what_cannot_be_meant_is_refused_with_its_path(tmp_path, make, error, wo
     with pytest.raises(error) as e: open_image(path)
     assert words in str(e.value) and str(path) in str(e.value)
 
+@pytest.mark.parametrize('way', [1, 6])
+@pytest.mark.parametrize('exif', [True, False])
+def test_the_size_of_a_png_that_is_told_after_its_pixels(tmp_path, way, exif):
+    import zlib
+    def chunk(kind, content): return struct.pack('>I', len(content)) + kind + content + struct.pack(
+        '>I', zlib.crc32(kind + content))
+    tags = Image.Exif()
+    tags[0x0112] = way
+    Image.fromarray(BLOCKS).save(tmp_path/'a.png')
+    content = (tmp_path/'a.png').read_bytes()
+    told = chunk(b'eXIf', tags.tobytes()[6:]) if exif else b''
+    (tmp_path/'a.png').write_bytes(content[:-12] + chunk(b'tEXt', b'date\0today') + told + content[-12:])
+    assert image_size(tmp_path/'a.png') == open_image(tmp_path/'a.png').size[::-1]
+    assert image_size(tmp_path/'a.png') == ((16, 40) if exif and way == 6 else (40, 16))
+
+def test_a_tiff_with_a_mask_of_its_own_is_one_picture(tmp_path):
+    mask = Image.new('1', (16, 40), 1)
+    mask.encoderinfo = {'tiffinfo': {254: 4}}  # as GDAL writes it
+    Image.fromarray(BLOCKS).save(tmp_path/'a.tif', save_all=True, append_images=[mask])
+    assert Image.open(tmp_path/'a.tif').n_frames == 2
+    assert (np.asarray(open_image(tmp_path/'a.tif')) == BLOCKS).all()
+
 def test_every_damage_is_a_corrupt_image(tmp_path):
     rng = np.random.default_rng(1)
     for suffix in ('.jpg', '.png', '.tif', '.webp', '.gif', '.bmp'):
@@ -125,6 +153,34 @@ def test_too_large_is_not_corrupt(tmp_path, monkeypatch):
     root = folder(tmp_path)
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 300)
     with pytest.raises(UnfitImage, match='image too large'): image_folder(root, skip_corrupt=True, cache=False)
+
+@pytest.mark.parametrize('suffix', ['.gif', '.webp', '.png'])
+def test_films_are_left_out_if_asked(tmp_path, capsys, suffix):
+    root, blue = folder(tmp_path), Image.new('RGB', (16, 40), 'blue')
+    film = root/f'train/b/9{suffix}'
+    Image.fromarray(BLOCKS).save(film, save_all=True, append_images=[blue])
+    with pytest.raises(UnfitImage, match='got 2 pictures .*; allowed: one; skip_corrupt=True leaves'):
+        image_folder(root, cache=False)
+    train, _ = image_folder(root, skip_corrupt=True, cache=False)
+    assert len(train) == 4 and train.skipped == (str(film),)
+    def loader(**skip):
+        return StreamLoader(photo_folder(root, 'train'), 2, PhotoTransform(eval_transform(16)), InOrder(), **skip)
+    read = loader(skip_corrupt=True)
+    assert sum(len(y) for _, y in read) == 4 and read.skipped == {str(film)}
+    with pytest.raises(UnfitImage, match='skip_corrupt=True'): list(loader())
+
+def test_no_validation_image_that_can_be_decoded(tmp_path):
+    root, views = folder(tmp_path), (train_transform(16), eval_transform(16))
+    for file in (root/'val').rglob('*.png'): file.write_bytes(b'')
+    with pytest.raises(ValueError, match='valid: got no image of .*, valid that can be decoded; allowed: one at least'):
+        photo_loaders(*(photo_folder(root, split) for split in ('train', 'valid')), 2, views, skip_corrupt=True)
+    with pytest.raises(ValueError, match='loader: got no image'): evaluate(torch.nn.Linear(1, 1), [], 2)
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_photo_loaders_want_three_channels(channels):
+    held = ImageSet(np.zeros((4, 16, 16, channels), np.uint8), [0, 1, 0, 1], 'ab')
+    with pytest.raises(ValueError, match=f'images: got {channels} channels; allowed: 3'):
+        photo_loaders(held, held, 2, (train_transform(16), eval_transform(16)), device='cpu')
 
 def test_readers_see_the_same_and_count_the_rest(tmp_path, capsys):
     root = folder(tmp_path)
@@ -187,6 +243,33 @@ def test_labels_are_as_written(tmp_path, classes, maps, options, expected):
 def test_labels_that_cannot_be_meant(tmp_path, classes, maps, options, words):
     with pytest.raises(ValueError) as e: ade20k(segmentation(tmp_path, maps, classes), **options)
     assert words in str(e.value)
+
+@pytest.mark.parametrize('zero, expected', [('class', [1, 2]), ('ignored', [0, 1])])
+def test_a_background_that_no_map_holds_is_asked_for(tmp_path, zero, expected):
+    root = segmentation(tmp_path, [HALVES + 1], ['background', 'road', 'tree'])
+    with pytest.raises(ValueError, match="none holds 0 or 3; allowed: label_zero='class' .*'ignored'"): ade20k(root)
+    with pytest.warns(UserWarning, match='1 of 3 are in none'): held = ade20k(root, label_zero=zero)
+    assert np.unique(held[0][1]).tolist() == expected
+
+def test_greys_of_a_gif_are_numbers(tmp_path):
+    for name, labels in (('a', HALVES * 4 + 3), ('b', HALVES), ('c', HALVES * 255)):
+        save(labels.astype(np.uint8), tmp_path/f'{name}.gif', exif=False)
+        np.testing.assert_array_equal(np.asarray(label_image(tmp_path/f'{name}.gif')), labels)
+    coloured = Image.fromarray(HALVES.astype(np.uint8)).convert('P')
+    coloured.putpalette([0, 0, 0, 255, 0, 0])
+    coloured.save(tmp_path/'d.gif')
+    np.testing.assert_array_equal(np.asarray(label_image(tmp_path/'d.gif')), HALVES)
+
+def test_only_what_can_be_said_is_advised(tmp_path):
+    for part in ('train2017', 'semantic/train2017'): (tmp_path/part).mkdir(parents=True)
+    save(BLOCKS, tmp_path/'train2017/1.png')
+    save((HALVES * 2 + np.arange(40)[:, None] % 2).astype(np.uint8), tmp_path/'semantic/train2017/1.png')
+    (tmp_path/'semantic/classes.json').write_text(json.dumps([{'id': i, 'name': str(i)} for i in (1, 2, 3, 4)]))
+    with pytest.warns(UserWarning, match='1 of 4 are in none') as said: coco_semantic(tmp_path)
+    assert 'label_zero' not in str(said[0].message)
+    cells = [''.join(cell['source']) for cell in json.loads((ROOT/'nbs/ade20k.ipynb').read_text())['cells']]
+    with pytest.raises(ValueError, match="label_zero: got 'class'; allowed: '' for dataset 'coco_mini'"):
+        exec(next(cell for cell in cells if 'def opened(' in cell), dict(label_zero='class', dataset='coco_mini'))
 
 def test_a_class_that_no_map_holds_is_warned_of(tmp_path):
     with pytest.warns(UserWarning, match='1 of 3 are in none of the 1 training label maps: b'):
@@ -368,6 +451,29 @@ def test_lists_that_make_no_sense(tmp_path, line):
     with pytest.raises(ValueError, match='train.txt: got invalid .* at byte 2; allowed: UTF-8'):
         photo_folder(tmp_path, 'train')
 
+@pytest.mark.parametrize('train, val, classes', [
+    ('cat/0.png 1, dog/0.png 0', 'dog/1.png 0, cat/1.png 1', ('dog', 'cat')),  # in an order of their own
+    ('n01/0.png 0, n02/0.png 1', '0.png 1, 1.png 0', ('n01', 'n02')),  # as Caffe and mmcls have ImageNet
+    ('n01/0.png 0, n02/0.png 1', '0.png 1', ('n01', 'n02')),
+    ('n01/0.png 0, n02/0.png 1', 'n02/0.png 2', ('0', '1', '2')),  # a class without an image to train on
+    ('a/0.png 0, a/1.png 1', 'a/0.png 0', ('0', '1')), ('a/0.png 0, b/1.png 0, c/2.png 1', '0.png 0', ('0', '1'))])
+def test_lists_name_their_classes_once(tmp_path, train, val, classes):
+    (tmp_path/'meta').mkdir()
+    for name, lines in (('train', train), ('val', val)):
+        (tmp_path/f'meta/{name}.txt').write_text(lines.replace(', ', '\n'))
+    assert photo_folder(tmp_path, 'train').classes == photo_folder(tmp_path, 'valid').classes == classes
+
+def test_a_list_beside_folders_of_classes(tmp_path):
+    for name in ('n01', 'n02', 'n03'): save(BLOCKS, tmp_path/'train'/name/'0.png')
+    (tmp_path/'meta').mkdir(), (tmp_path/'meta/val.txt').write_text('0.png 1\n')
+    assert photo_folder(tmp_path, 'train').classes == photo_folder(tmp_path, 'valid').classes == ('n01', 'n02', 'n03')
+
+def test_lists_that_contradict_each_other(tmp_path):
+    (tmp_path/'meta').mkdir(), (tmp_path/'meta/train.txt').write_text('cat/0.png 1\ndog/0.png 0\n')
+    (tmp_path/'meta/val.txt').write_text('cat/0.png 0\ndog/0.png 1\n')
+    with pytest.raises(ValueError, match='val.txt: got cat/0.png with the class number 0, that of dog in training; '):
+        photo_folder(tmp_path, 'valid')
+
 def test_lists_with_gaps_and_a_mark(tmp_path, capsys):
     (tmp_path/'meta').mkdir()
     (tmp_path/'meta/train.txt').write_text('\ufeffa/Größe 1.png 1\r\nb.png 4\n', encoding='utf-8')
@@ -390,6 +496,37 @@ def test_the_identity_of_a_folder_with_broken_links(tmp_path):
     for name, target in (('gone', 'nowhere'), ('loop', tmp_path/'loop')): os.symlink(target, tmp_path/name)
     assert identity(tmp_path)['bytes'] == 1
     with pytest.raises(OSError): identity(tmp_path, ['gone'])
+
+def test_the_identity_follows_links_to_folders(tmp_path):
+    for place in ('one', 'two'): (tmp_path/place).mkdir(), (tmp_path/place/'a.png').write_text(place)
+    (tmp_path/'set').mkdir()
+    (tmp_path/'set/again').symlink_to(tmp_path/'set')  # which has no end
+    def linked(to):
+        (tmp_path/'set/val').unlink(missing_ok=True)
+        (tmp_path/'set/val').symlink_to(tmp_path/to)
+        return identity(tmp_path/'set')
+    one, two = linked('one'), linked('two')
+    assert one != two and one['files'] == two['files'] == 1
+
+@pytest.mark.parametrize('name, size, at', [('set.tar', 10**6, 300_000), ('x.bmp', 10**6, 500_000),
+                                            ('x.bmp', 10**6, 10**6 - 1), ('meta/val.txt', 10**5, 70_000)])
+def test_the_identity_sees_a_byte_that_changed(tmp_path, name, size, at):
+    (tmp_path/'set/meta').mkdir(parents=True)
+    if name != 'set.tar':
+        for i in range(300): (tmp_path/f'set/{i}.png').touch()
+    path, content, seen = tmp_path/'set'/name, bytearray(size), []
+    for content[at] in (0, 1):
+        path.write_bytes(content)
+        seen.append(identity(path if name == 'set.tar' else tmp_path/'set'))
+    assert seen[0] != seen[1]
+
+def test_label_maps_below_the_folder_around_ade20k_are_read_whole():
+    line = next(line for cell in json.loads((ROOT/'nbs/ade20k.ipynb').read_text())['cells'] for line in cell['source']
+                if line.startswith('def told('))
+    exec(line, held := {})
+    for name in ('annotations/training/1.png', 'ADEChallengeData2016/annotations/training/1.png', 'x/classes.json'):
+        assert held['told'](name)
+    assert not held['told']('ADEChallengeData2016/images/training/annotations')
 
 def test_a_cache_of_something_else_is_made_anew(tmp_path):
     for split in ('train', 'val'):

@@ -151,6 +151,14 @@ def test_corrupt_images_are_named_or_counted(mine, capsys):
         with pytest.raises(ValueError, match='corrupt image: '): list(SegmentationLoader(train, 4, workers=workers))
     assert len(train.readable()) == 11 and '1 images left out' in capsys.readouterr().out
 
+def test_nothing_to_judge_by_is_said_before_training(mine):
+    maps = sorted((mine/'annotations/validation').iterdir())
+    def opened():
+        for path in maps: Image.fromarray(np.zeros_like(Image.open(path))).save(path)
+        return ade20k(mine), ade20k(mine, 'validation')
+    with pytest.raises(ValueError, match='valid: got no pixel with a class in set, validation, so nothing to judge by'):
+        loaders(*opened(), recipe('scenes', SEGMENTATION))
+
 def test_coco_semantic(tmp_path):
     for part in ('train2017', 'semantic/train2017'): (tmp_path/part).mkdir(parents=True)
     Image.new('RGB', (8, 6)).save(tmp_path/'train2017/1.jpg')

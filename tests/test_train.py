@@ -283,6 +283,12 @@ def test_wrong_arguments(wrong, words):
     with pytest.raises(ValueError, match=words): fit(mlp, ours(), **{**RECIPE, **wrong})
 
 
+def test_no_sample_to_be_judged_on():
+    dls, (x, y) = ours(), data()
+    with pytest.raises(ValueError, match='valid: got no sample to judge by'):
+        fit(mlp, DataLoaders(dls.train, Batches(x[:0], y[:0], 32)), **RECIPE)
+
+
 def test_validate_and_predict_leave_the_record_alone():
     learn = learner(mlp(), ours())
     learn.fit(1)

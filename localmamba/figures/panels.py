@@ -59,7 +59,8 @@ def _draw_instance(ax, colour, mask, box, text):
     tint = np.zeros((*mask.shape, 4))
     tint[mask] = (*colour, .4)
     ax.imshow(tint, interpolation='nearest')
-    if mask.any() and not mask.all(): ax.contour(mask, levels=[.5], colors=[colour], linewidths=1)
+    if min(mask.shape) > 1 and mask.any() and not mask.all():
+        ax.contour(mask, levels=[.5], colors=[colour], linewidths=1)
     left, top, right, bottom = box
     ax.add_patch(Rectangle((left - .5, top - .5), right - left, bottom - top, fc='none', ec=colour, lw=1.1))
     above = top > .08 * mask.shape[0]
