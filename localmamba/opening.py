@@ -147,6 +147,7 @@ def eight_bits(
         raise StrangeImage(f'image {path}: got colours of the kind {image.mode}; '
                            f'allowed: what Pillow converts to {mode} ({e})') from e
 
+# %% ../nbs/lib/20a_opening.ipynb #f8deb836
 def open_image(
     path,  # of the file
     mode: str | None = 'RGB',  # of the result: 'L', 'RGB' or 'RGBA'; None: the numbers that are stored
