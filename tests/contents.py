@@ -20,15 +20,15 @@ def contents(headings):
     return 'On this page: ' + ' · '.join(f'[{h}](#{h.replace(" ", "-")})' for h in headings)
 
 
-PARTS = {'the scan': (0, 3), 'kernels': (4, 9), 'gate, layer, models': (10, 16), 'measuring, searching': (17, 20),
-         'data': (21, 27), 'training': (28, 34), 'tasks': (35, 38), 'showing, sharing': (39, 99)}
+PARTS = {'the scan': '00', 'kernels': '04', 'gate, layer, models': '10', 'measuring, searching': '17', 'data': '20a',
+         'training': '28', 'tasks': '35', 'showing, sharing': '39'}  # and the number that each begins with
 
 
 def library():
     "A line a part of the library, its notebooks in reading order."
-    books = [(int(re.match(r'\d+', p.name)[0]), p) for p in sorted((ROOT/'nbs'/'lib').glob('*.ipynb'))]
-    for part, (first, last) in PARTS.items():
-        links = ' · '.join(f'[{p.stem}](lib/{p.name})' for number, p in books if first <= number <= last)
+    books = sorted((ROOT/'nbs'/'lib').glob('*.ipynb'))
+    for part, first, last in zip(PARTS, PARTS.values(), [*list(PARTS.values())[1:], '99']):
+        links = ' · '.join(f'[{p.stem}](lib/{p.name})' for p in books if first <= p.stem.split('_')[0] < last)
         yield f'| {part} | {links} |'
 
 
