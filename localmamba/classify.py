@@ -80,6 +80,9 @@ def settings(
 # %% ../nbs/lib/34_classify.ipynb #82beb2db
 def chosen_recipe(s):  # the recipe of settings, epochs included
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in s['recipe_options'].items()}
+    if 'name' in changes or 'epochs' in changes and s['epochs'] > 0:
+        raise ValueError(f'recipe_options: got {changes}; allowed: no name, which is recipe_name, and no epochs beside '
+                         'those of the training')
     chosen = recipe(s['recipe_name'], **changes, **({'epochs': s['epochs']} if s['epochs'] > 0 else {}))
     parse_augment(chosen['augment'] or 'none')
     if s['dataset'] == 'folder' and 'augment' not in changes: chosen['augment'] = ''  # photographs have transforms

@@ -11,7 +11,7 @@ from pathlib import Path
 import timm
 from torch import nn
 from .models.backbone import made
-from .runs import collect, read_json, results_dir
+from .runs import collect, other_data, read_json, results_dir
 from .study import VIM, VMAMBA
 
 # %% ../nbs/lib/43c_families.ipynb #6069fb95
@@ -84,6 +84,7 @@ def kept_weights(
     seed: int,
     patch_size: int = 2,  # pixels
     root=None,  # of the project
+    data: dict | None = None,  # what the images are, from `study.kept_as`
     **asked,  # further parameters that its training must have had, such as side
 ) -> Path:  # beside params.json and metrics.json; see `existing`
     "Where `families` keeps a model's weights; raises `ValueError` where it has no such record, or only of others."
@@ -92,7 +93,7 @@ def kept_weights(
         path = results_dir('families', record, root)/'runs'/folder
         kept = asked | {'patch_size': 2} | read_json(path/'params.json')  # which are left out where they are that
         differs.append([f'{name}: got {value}, recorded {kept[name]}' for name, value in asked.items()
-                        if kept[name] != value])
+                        if kept[name] != value] + ['data: got others'] * other_data(path, data))
         if not differs[-1]: return path/'weights.pt'
     if differs:
         raise ValueError(f"parameter 'families': got {record!r}, whose record of {row} seed {seed} is of another "

@@ -59,7 +59,7 @@ def seconds_of(
     "How long the recorded runs of a job took."
     folder, found = Path(root or project_root())/'results'/job.experiment/given['record']/'runs', []
     for path in folder.glob('*/metrics.json'):
-        params, metrics = read_json(path.with_name('params.json')) or {}, read_json(path) or {}
+        params, metrics = read_json(path.with_name('params.json'), dict) or {}, read_json(path, dict) or {}
         row = str(params.get('row')).removesuffix(', from scratch')  # a second start of the same row
         own = (given.get('rates') or {}).get(row.removesuffix(', searched'))  # a family's own learning rate
         asked = given | ({} if own is None else {'lr': own})
@@ -170,10 +170,14 @@ def main(
     parser.add_argument('--quick', action='store_true', help='few images, one seed: to see that it works')
     parser.add_argument('--forecast', action='store_true', help='only say what is done and left')
     parser.add_argument('--processes', type=int, default=os.cpu_count(), help='side by side, one core each')
-    parser.add_argument('--only', default='', help='one experiment')
+    names = list(dict.fromkeys(job.experiment for job in PLAN))
+    parser.add_argument('--only', default='', choices=('', *names), metavar='EXPERIMENT', help=', '.join(names))
     parser.add_argument('--pilot', action='store_true', help='choose the learning rate, on held out training images')
     asked = parser.parse_args(words)
+    if asked.processes < 1: parser.error(f'--processes: got {asked.processes}; allowed: 1 or more')
     if asked.pilot: return pilot(asked.processes)
+    if not (project_root()/'nbs/configs').is_dir():
+        parser.error(f'{project_root()} is no checkout of the project; allowed: a folder with nbs/configs')
     plan = [job for job in PLAN if asked.only in ('', job.experiment)
             and (project_root()/'nbs'/f'{job.experiment}.ipynb').exists()]
     lines = forecast(plan, asked.quick)

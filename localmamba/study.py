@@ -21,7 +21,7 @@ from .memory import DATASETS, data_identity
 from .models.backbone import made
 from .parameters import repeated
 from .progress import StatusLine, one_place
-from .runs import collect, dataset_name, project_root, read_json, results_dir, summarise
+from .runs import collect, dataset_name, other_data, project_root, read_json, results_dir, summarise
 import localmamba.models.localvim, localmamba.models.localvmamba
 
 # %% ../nbs/lib/43_study.ipynb #28a021cc
@@ -109,11 +109,13 @@ def same_training(
     other=(),  # names of parameters that need not agree
     unless: dict | None = None,  # name -> value, for parameters that only one of the two has
     root=None,  # of the project
+    data: dict | None = None,  # what the training is on, from `kept_as`
 ) -> dict:  # its metrics, and where they are from; {} where there is none
     "The outcome of a training that another experiment has recorded."
     unless = unless or {}
     for path in sorted((results_dir(experiment, record, root)/'runs').glob('*/metrics.json')):
-        params, metrics = read_json(path.with_name('params.json')) or {}, read_json(path) or {}
+        params, metrics = read_json(path.with_name('params.json'), dict) or {}, read_json(path, dict) or {}
+        if other_data(path.parent, data): continue
         names = (set(params) | set(asked)) - set(other)
         if all(params.get(name, unless.get(name)) == asked.get(name, unless.get(name)) for name in names):
             return metrics | {'taken_from': f'{experiment}/{record}/runs/{path.parent.name}'}

@@ -400,8 +400,9 @@ def fit(
         if not from_first(lambda: run.finished):
             return _trained(model, dls, epochs, lr, seed, run, facts, label=label, options=options)
         from_first(run.tidy)
-        StatusLine().update(status(label, run.metrics, f'{epochs} epochs, from the record'), last=True)
-        return run.metrics, read_csv(run.dir/'history.csv', mend=True)
+        history = read_csv(run.dir/'history.csv', mend=True)
+        StatusLine().update(status(label, run.metrics, f'{len(history)} epochs, from the record'), last=True)
+        return run.metrics, history
     finally:
         if processes()[0] == 0: run.release()
 

@@ -6,11 +6,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from scipy import stats
 
 from localmamba import study
+from localmamba.families import kept_weights
 from localmamba.miniature import PLAN, forecast, seconds_of, settings
+from localmamba.miniature import main as miniature_main
+from localmamba.recipes import correct
 from localmamba.runs import run_name
 
 ROOT = Path(__file__).parent.parent
@@ -307,3 +311,39 @@ def test_cost_and_spread_of_every_claim():
             if column not in runs: continue
             ratio = runs[runs.row == base][column].mean() / runs[runs.row == row][column].mean()
             assert float(line[f'{name}, ratio']) == pytest.approx(ratio)
+
+
+def record(folder, params, metrics, identity=None):
+    "A finished run by hand."
+    folder.mkdir(parents=True)
+    env = {} if identity is None else {'data': {'identity': identity, 'files': 1, 'bytes': 1}}
+    for name, content in (('params', params), ('metrics', metrics), ('env', env)):
+        (folder/f'{name}.json').write_text(json.dumps(content))
+
+
+def test_trainings_on_other_data_are_not_taken(tmp_path):
+    "Two folders of photographs have one name, 'folder', and no record in common."
+    runs = tmp_path/'results/ablation_scan/folder/runs'
+    record(runs/'a', {'lr': 1.}, {'top1': 50.}, 'one')
+    (runs/'.DS_Store').touch()
+    def taken(data): return study.same_training('ablation_scan', 'folder', {'lr': 1.}, root=tmp_path, data=data)
+    assert taken({'identity': 'one'})['top1'] == taken(None)['top1'] == 50 and taken({'identity': 'two'}) == {}
+    assert len(study.collect('ablation_scan', 'folder', tmp_path)) == 1, 'what is no run is passed over'
+    kept = tmp_path/'results/families/folder/runs'
+    record(kept/'c', {'row': 'Vim', 'seed': 0}, {'top1': 50.}, 'one')
+    assert kept_weights('folder', 'Vim', 0, root=tmp_path, data={'identity': 'one'}).parent == kept/'c'
+    with pytest.raises(ValueError, match='is of another training .data: got others'):
+        kept_weights('folder', 'Vim', 0, root=tmp_path, data={'identity': 'two'})
+
+
+@pytest.mark.parametrize('words', [['--processes', '0'], ['--only', 'families,transfer']])
+def test_miniature_refuses_what_would_do_nothing(words, capsys):
+    with pytest.raises(SystemExit) as stopped: miniature_main(['--forecast', *words])
+    assert stopped.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+def test_equal_scores_count_once():
+    "The first of equal scores is the answer, in top-1 as in the confusion."
+    scores = torch.randn(2000, 100, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    one, five = correct(scores, scores.argmax(1))
+    assert one == five == 2000
