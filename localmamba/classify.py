@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'ASIDE', 'settings', 'chosen_recipe', 'image_sets', 'imag
            'run_of', 'record_name', 'train', 'evaluate', 'write_confusion', 'bundle']
 
 # %% ../nbs/lib/34_classify.ipynb #e76db2e9
-import hashlib, time
+import hashlib, time, warnings
 from pathlib import Path
 import numpy as np
 import timm
@@ -84,6 +84,14 @@ def chosen_recipe(s):  # the recipe of settings, epochs included
         raise ValueError(f'recipe_options: got {changes}; allowed: no name, which is recipe_name, and no epochs beside '
                          'those of the training')
     chosen = recipe(s['recipe_name'], **changes, **({'epochs': s['epochs']} if s['epochs'] > 0 else {}))
+    unused = [k for k in (*transform_options(chosen), 'repeats') if k in changes and s['dataset'] != 'folder']
+    if unused:
+        raise ValueError(f'recipe_options: got {", ".join(unused)}; allowed: these are for photographs (dataset '
+                         'folder); images in memory are changed by augment')
+    if 0 < chosen['epochs'] <= chosen['warmup_epochs'] + chosen['cooldown_epochs']:
+        warnings.warn(f'epochs: {chosen["epochs"]} are no more than warmup_epochs ({chosen["warmup_epochs"]:g}) and '
+                      f'cooldown_epochs ({chosen["cooldown_epochs"]:g}) of the recipe: '
+                      'its learning rate is hardly reached; recipe_options can shorten them')
     parse_augment(chosen['augment'] or 'none')
     if s['dataset'] == 'folder' and 'augment' not in changes: chosen['augment'] = ''  # photographs have transforms
     return chosen

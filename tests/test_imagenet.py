@@ -463,3 +463,16 @@ def test_configurations_build_the_row_they_name(path):
                    in model.parameters()) / 1e6 == pytest.approx(paper.params_m[s['row'].split(',')[0]], abs=0.9)
     else: assert s['dataset'] == 'cifar10' and s['row'] not in paper.index
     assert chosen_recipe(s)
+
+
+def test_what_a_recipe_cannot_do_is_said():
+    "Values for photographs beside images in memory; a warm-up that is the whole training; epochs given twice."
+    for unused in ({'hflip': 0.}, {'random_erasing': .9}, {'repeats': 3}):
+        with pytest.raises(ValueError, match=f'recipe_options: got {next(iter(unused))}; allowed: .* photographs'):
+            chosen_recipe(settings(recipe_options=unused))
+        assert chosen_recipe(settings(dataset='folder', data_dir='x', recipe_options=unused))
+    with pytest.warns(UserWarning, match='epochs: 3 are no more than warmup_epochs'):
+        chosen_recipe(settings(recipe_name='release', epochs=3))
+    for twice in ({'epochs': 5}, {'name': 'paper'}):
+        with pytest.raises(ValueError, match='recipe_options: got'):
+            chosen_recipe(settings(epochs=3, recipe_options=twice))
