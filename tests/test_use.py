@@ -7,6 +7,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -351,11 +352,21 @@ def test_try_it_draws_what_is_chosen(monkeypatch, tmp_path):
     Image.effect_noise((90, 60), 80).convert('RGB').save(photo)
     _, page = execute('try_it', photo=str(photo), steps=1)
     controls = page['Controls'](ipywidgets, str(photo))
+    grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path/'grey.png')
+    assert len(set(page['opened'](tmp_path/'grey.png')[0].getdata())) > 50, 'not all white'
     before = controls.depends.value, controls.read.value
     controls.tokens.children[0].children[0].click()
     controls.layers.value = controls.layers.max
     after = controls.depends.value, controls.read.value
     assert all(a != b and a[:4] == b'\x89PNG' for a, b in zip(after, before))
+
+
+@pytest.mark.parametrize('given, words', [(dict(layer=9), "'layer': got 9; allowed: 0 to 4"),
+                                          (dict(photo='no.png'), 'no.png')])
+def test_try_it_names_what_it_cannot_show(given, words):
+    from notebooks import execute
+    with pytest.raises((ValueError, FileNotFoundError), match=words): execute('try_it', **given, steps=1)
 
 
 def test_an_example_of_one_exports_for_any_number():
